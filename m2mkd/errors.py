@@ -1,0 +1,42 @@
+"""Errors a user can cause; each message says what was wrong, shows the value and names a remedy.
+
+The command line turns every `M2MKDError` into one `Error:` line and exit code 1. Children also
+inherit the builtin that Python users would catch.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class M2MKDError(Exception):
+    """Base of every expected failure."""
+
+
+class ConfigError(M2MKDError, ValueError):
+    """A recipe, key or value that cannot work."""
+
+
+class DataError(M2MKDError, OSError):
+    """A data folder or image that is missing, empty or unreadable."""
+
+
+class CheckpointError(M2MKDError, OSError):
+    """A checkpoint or run folder that is missing, corrupt, foreign or unfinished."""
+
+
+class ShapeError(M2MKDError, ValueError):
+    """Tensors whose shapes, dtypes or devices do not fit together."""
+
+
+class TrainingError(M2MKDError, RuntimeError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class ExportError(M2MKDError, RuntimeError):
+    """An export that failed, or whose verification did not pass."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" for the closest known word, or an empty string."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
