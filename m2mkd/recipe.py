@@ -1,0 +1,314 @@
+"""Recipes: one YAML file describes a whole run, checked before anything is computed.
+
+A recipe is looked up by the name of a built-in file in `m2mkd/recipes/` or by path, changed with
+`key.path=value` overrides, and validated by the pydantic models below. Unknown keys, wrong types
+and impossible combinations raise `ConfigError` with one line per mistake.
+"""
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from m2mkd.errors import ConfigError, did_you_mean
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Augmentation(_Section):
+    """Training augmentation, in timm's terms (`timm.data.create_transform`, `timm.data.Mixup`)."""
+
+    crop_scale: tuple[float, float] = Field((1.0, 1.0), description="area range of the random crop")
+    crop_ratio: tuple[float, float] = Field((1.0, 1.0), description="aspect range of the crop")
+    hflip: Fraction = Field(0.0, description="probability of a horizontal flip")
+    color_jitter: float = Field(0.0, ge=0.0, description="strength of colour jitter")
+    auto_augment: str | None = Field(None, description="timm policy, such as rand-m9-mstd0.5-inc1")
+    random_erase: Fraction = Field(0.0, description="probability of random erasing")
+    mixup: float = Field(0.0, ge=0.0, description="mixup alpha")
+    cutmix: float = Field(0.0, ge=0.0, description="cutmix alpha")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="smoothing of the targets")
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return self.mixup > 0.0 or self.cutmix > 0.0
+
+
+class DataConfig(_Section):
+    """Where images come from and how they are prepared."""
+
+    dataset: Literal["digits", "fashion_mnist", "image_folder"] = Field(
+        description="digits: scikit-learn's, embedded; fashion_mnist: idx files; image_folder: "
+        "train/CLASS/* and val/CLASS/*"
+    )
+    root: Path | None = Field(None, description="folder of the data set; not needed for digits")
+    image_size: Positive = Field(224, description="height and width fed to the models, in pixels")
+    channels: Literal[1, 3] = Field(3, description="1 for greyscale, 3 for RGB")
+    mean: tuple[float, ...] | None = Field(None, description="per channel; default 0.5")
+    std: tuple[float, ...] | None = Field(None, description="per channel; default 0.5")
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: float = Field(1.0, gt=0.0, le=1.0, description="centre crop at evaluation")
+    batch_size: Positive = Field(64, description="images per optimiser step")
+    eval_batch_size: Positive = Field(250, description="images per evaluation step")
+    train_limit: Positive | None = Field(None, description="use only this many training images")
+    workers: int = Field(0, ge=0, description="data loading processes")
+    on_bad_image: Literal["fail", "skip"] = Field(
+        "fail", description="what an unreadable image does; skip leaves it out and counts it"
+    )
+    augment: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.dataset != "digits" and self.root is None:
+            raise ValueError(f"dataset {self.dataset} needs a folder; set data.root")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.channels:
+                raise ValueError(f"{name} has {len(value)} values for {self.channels} channel(s)")
+        return self
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, for pixels scaled to [0, 1]."""
+        default = (0.5,) * self.channels
+        return self.mean or default, self.std or default
+
+
+class Schedule(_Section):
+    """How long and how fast one stage trains (optimisers and schedulers are timm's)."""
+
+    epochs: int = Field(ge=0, description="passes over the training images")
+    lr: float = Field(gt=0.0, description="peak learning rate, not scaled by the batch size")
+    optimizer: str = Field("adamw", description="any name `timm.optim` knows")
+    weight_decay: float = Field(0.05, ge=0.0)
+    scheduler: str = Field("cosine", description="any name `timm.scheduler` knows")
+    warmup_epochs: float = Field(0.0, ge=0.0)
+    warmup_lr: float = Field(1e-6, ge=0.0)
+    min_lr: float = Field(1e-5, ge=0.0)
+    clip_grad: float | None = Field(None, gt=0.0, description="gradient norm limit, per module")
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth of the trained net")
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="keep an averaged copy")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Schedule":
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} leaves nothing of epochs {self.epochs}"
+            )
+        return self
+
+
+class TeacherConfig(_Section):
+    """The monolithic ViT whose knowledge moves, and how it is cut into modules."""
+
+    model: str = Field(description="any timm VisionTransformer")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
+    depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
+    pretrained: bool = Field(False, description="weights from the hub")
+    checkpoint: Path | None = Field(None, description="weights from a .safetensors or .pth file")
+    incubate: Schedule | None = Field(None, description="train each module inside the meta model")
+    finetune: Schedule | None = Field(None, description="train the assembled teacher end to end")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherConfig":
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError("pretrained and checkpoint both name weights; keep one")
+        if not (self.is_given or self.incubate or self.finetune):
+            raise ValueError(
+                "a fresh teacher must be trained: set incubate, finetune, pretrained or checkpoint"
+            )
+        if self.is_given and self.incubate:
+            raise ValueError("incubate trains a fresh teacher; leave it out for given weights")
+        return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the teacher starts from existing weights."""
+        return self.pretrained or self.checkpoint is not None
+
+
+class StudentConfig(_Section):
+    """The modular student."""
+
+    model: str = Field(description="a model registered by m2mkd.models, such as vmoe_tiny_patch16")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
+    depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
+
+
+class DistillConfig(_Section):
+    """m2mKD: loss (arXiv 2402.16918), stitches, and how the trained modules are put together."""
+
+    schedule: Schedule
+    mode: Literal["joint", "separate"] = Field("joint", description="all pairs in one pass, or not")
+    alpha: Fraction = Field(0.5, description="weight of the KD term; labels weigh 1 - alpha")
+    temperature: float = Field(1.0, gt=0.0)
+    kd: Literal["soft", "hard"] = "soft"
+    kd_reduction: Literal["batchmean", "numel"] = Field(
+        "batchmean", description="numel divides by batch x classes, as the published code does"
+    )
+    boundary_weight: float = Field(
+        0.0, ge=0.0, description="weight of the feature term at the module's output"
+    )
+    stitch: Literal["norm_linear", "linear"] = Field("norm_linear", description="stitch layers")
+    assembly: Literal["drop", "keep", "fold"] = Field(
+        "drop", description="what becomes of the stitches in the assembled student"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        if self.assembly == "fold" and self.stitch != "linear":
+            raise ValueError(
+                f"assembly fold merges linear maps, but stitch is {self.stitch}; set stitch: linear"
+            )
+        return self
+
+
+class LogitKDConfig(_Section):
+    """Settings of the logit-distillation baseline (the whole teacher teaches the whole student)."""
+
+    alpha: Fraction = 0.5
+    temperature: float = Field(1.0, gt=0.0)
+
+
+Baseline = Literal["end_to_end_only", "equal_updates", "logit_kd"]
+
+
+class Recipe(_Section):
+    """A whole run: data, models, and the settings of every stage."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: Positive | None = Field(None, description="CPU threads; default: all cores")
+    checkpoint_every: Positive | None = Field(
+        None, description="optimiser steps between checkpoints; default: once an epoch"
+    )
+    data: DataConfig
+    meta: Schedule
+    teacher: TeacherConfig
+    student: StudentConfig
+    distill: DistillConfig
+    end_to_end: Schedule
+    logit_kd: LogitKDConfig = LogitKDConfig()
+    baselines: list[Baseline] = Field(default_factory=list)
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Returns the text of every built-in recipe by name."""
+    folder = resources.files("m2mkd") / "recipes"
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text()
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads, overrides and validates a recipe.
+
+    Args:
+        name_or_path: A built-in recipe's name, or the path of a YAML file.
+        overrides: `key.path=value` strings; values are YAML.
+
+    Raises:
+        ConfigError: Unknown recipe, key or value, or a combination that cannot work.
+    """
+    values = _parse_yaml(_recipe_text(name_or_path), name_or_path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name_or_path} is not a YAML mapping of keys to values")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, source=name_or_path)
+
+
+def validate(values: dict[str, Any], *, source: str) -> Recipe:
+    """Turns plain values into a `Recipe`; `source` is named in the error."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = "; ".join(_describe(item) for item in error.errors())
+        raise ConfigError(f"recipe {source}: {lines}") from None
+
+
+def digest(*parts: Any) -> str:
+    """Returns a short hash of JSON-able values; equal inputs give equal digests."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _recipe_text(name_or_path: str) -> str:
+    builtin = builtin_recipes()
+    if name_or_path in builtin:
+        return builtin[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read recipe {path}: {error}") from None
+    raise ConfigError(
+        f"unknown recipe '{name_or_path}'{did_you_mean(name_or_path, builtin)}"
+        f"; built in: {', '.join(builtin)}; or give the path of a .yaml file"
+    )
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r} is not of the form key.path=value")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: '{parent}' is a value, not a section")
+        values = child
+    values[last] = _parse_yaml(text, f"--set {override}")
+
+
+def _describe(item: Any) -> str:
+    """One pydantic error as `where: what`, with a suggestion for a misspelt key."""
+    path = [part for part in item["loc"] if part != "list[constrained-int]"]
+    where = ".".join(str(part) for part in path) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key '{where}'{did_you_mean(str(path[-1]), _known_keys(path[:-1]))}"
+    if item["type"] == "missing":
+        return f"'{where}' is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{where}: {message}"
+    expected = item.get("ctx", {}).get("expected")
+    hint = ""
+    if expected and isinstance(item["input"], str):
+        hint = did_you_mean(item["input"], [word.strip(" '") for word in expected.split(",")])
+    return f"{where}={item['input']!r}: {message[:1].lower()}{message[1:]}{hint}"
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is None:
+            return []
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next(
+            (o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None
+        )
+        if section is None:
+            return []
+    return list(section.model_fields)
