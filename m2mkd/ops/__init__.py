@@ -1,0 +1,21 @@
+"""Tensors in, tensors out: the compute kernels and their plain PyTorch references."""
+
+from m2mkd.ops.moe_dispatch import (
+    MoEPlan,
+    grouped_linear,
+    moe_combine,
+    moe_gather,
+    moe_mlp,
+    moe_plan,
+    topk_gate,
+)
+
+__all__ = [
+    "MoEPlan",
+    "grouped_linear",
+    "moe_combine",
+    "moe_gather",
+    "moe_mlp",
+    "moe_plan",
+    "topk_gate",
+]

@@ -1,0 +1,243 @@
+"""Checks shared by the kernels' public functions and their references, so messages are the same.
+
+T tokens, D width, H hidden width, E experts, K choices per token, M routed rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m2mkd.errors import ShapeError
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+GATE_MODES = ("softmax_selected", "softmax_all", "softmax_all_renorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+INT32_MAX = 2**31 - 1
+
+
+class MoEPlan(NamedTuple):
+    """Which row of the expert-sorted batch holds which choice of which token.
+
+    Rows are grouped by expert: expert e owns rows offsets[e] up to offsets[e + 1]. Rows at or past
+    offsets[-1], which only a traced plan with a capacity has, are padding.
+
+    Attributes:
+        row_of_TK: Row of each choice, [T, K], int32; -1 where the choice was dropped.
+        token_of_M: Token of each row, [M], int32; -1 on padding rows.
+        offsets: First row of each expert and the number of rows in use, [E + 1], int32.
+    """
+
+    row_of_TK: Tensor
+    token_of_M: Tensor
+    offsets: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which element-wise arithmetic on `dtype` is done: float32 for half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_eager() -> bool:
+    """Whether values may be looked at: false while tracing for compile or export."""
+    return not torch.compiler.is_compiling()
+
+
+def check_rank(op: str, name: str, tensor: Tensor, shape: str, rank: int) -> None:
+    """Raises ShapeError unless `tensor` has `rank` dimensions."""
+    if tensor.dim() != rank:
+        raise ShapeError(f"{op}: {name} must be {shape}, got shape {tuple(tensor.shape)}")
+
+
+def check_float(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ShapeError unless `tensor` is float16, bfloat16, float32 or float64."""
+    if tensor.dtype not in FLOATS:
+        raise ShapeError(
+            f"{op}: {name} is {tensor.dtype}; use float16, bfloat16, float32 or float64"
+        )
+
+
+def check_int32(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ShapeError unless `tensor` is int32."""
+    if tensor.dtype != torch.int32:
+        raise ShapeError(f"{op}: {name} is {tensor.dtype}; convert it with .to(torch.int32)")
+
+
+def check_size(op: str, what: str, found: int, expected: int, why: str) -> None:
+    """Raises ShapeError unless `found == expected`."""
+    if found != expected:
+        raise ShapeError(f"{op}: {what} is {found}, but {why} is {expected}")
+
+
+def check_indexable(op: str, what: str, count: int) -> None:
+    """Raises ShapeError where `count` rows cannot be numbered in int32."""
+    if count > INT32_MAX:
+        raise ShapeError(f"{op}: {what} is {count}, over the int32 limit {INT32_MAX}; split it")
+
+
+def check_together(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raises ShapeError unless all `others` lie on the device of `tensor`."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ShapeError(
+                f"{op}: {name} is on {other.device}, but {first} is on {tensor.device}; "
+                "move one of them"
+            )
+
+
+def check_same_dtype(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raises ShapeError unless all `others` have the dtype of `tensor`."""
+    for name, other in others.items():
+        if other is not None and other.dtype != tensor.dtype:
+            raise ShapeError(
+                f"{op}: {name} is {other.dtype}, but {first} is {tensor.dtype}; convert one of them"
+            )
+
+
+def check_gate(logits_TE: Tensor, k: int, mode: str) -> None:
+    """Checks the arguments of `topk_gate`; looks for NaN when not tracing."""
+    op = "topk_gate"
+    check_rank(op, "logits", logits_TE, "[T, E]", 2)
+    check_float(op, "logits", logits_TE)
+    if mode not in GATE_MODES:
+        raise ShapeError(f"{op}: unknown mode {mode!r}; use one of {', '.join(GATE_MODES)}")
+    if not 1 <= k <= logits_TE.shape[1]:
+        raise ShapeError(f"{op}: k={k} is not between 1 and the {logits_TE.shape[1]} experts")
+    check_indexable(op, "T*E", logits_TE.shape[0] * logits_TE.shape[1])
+    if is_eager() and bool(logits_TE.isnan().any()):
+        raise ShapeError(
+            f"{op}: the router's logits {tuple(logits_TE.shape)} hold NaN; look for a diverged "
+            "loss or a bad input image"
+        )
+
+
+def check_choices(
+    experts_TK: Tensor, num_experts: int, capacity: int | None, priority_T: Tensor | None
+) -> None:
+    """Checks the arguments of `moe_plan`; looks at the expert numbers when not tracing."""
+    op = "moe_plan"
+    check_rank(op, "experts", experts_TK, "[T, K]", 2)
+    check_int32(op, "experts", experts_TK)
+    num_tokens, num_choices = experts_TK.shape
+    if num_experts < 1 or num_choices < 1:
+        raise ShapeError(f"{op}: {num_experts=} and K={num_choices} must be at least 1")
+    if capacity is not None and capacity < 1:
+        raise ShapeError(
+            f"{op}: {capacity=} for T={num_tokens} tokens, K={num_choices}, {num_experts=}; "
+            "raise the capacity factor or use fewer experts"
+        )
+    check_indexable(op, "T*K", num_tokens * num_choices)
+    if priority_T is not None:
+        check_rank(op, "priority", priority_T, "[T]", 1)
+        check_float(op, "priority", priority_T)
+        check_size(op, "priority's length", priority_T.shape[0], num_tokens, "T of experts")
+        check_together(op, "experts", experts_TK, priority=priority_T)
+    if is_eager() and experts_TK.numel() > 0:
+        low, high = (int(value) for value in torch.aminmax(experts_TK))
+        if low < 0 or high >= num_experts:
+            raise ShapeError(
+                f"{op}: expert numbers run from {low} to {high}, but {num_experts=}; "
+                f"they must lie in [0, {num_experts})"
+            )
+
+
+def check_plan(op: str, like: str, tensor: Tensor, plan: MoEPlan) -> None:
+    """Checks the parts of a plan against each other and against the device of `tensor`."""
+    check_rank(op, "plan.row_of_TK", plan.row_of_TK, "[T, K]", 2)
+    check_rank(op, "plan.token_of_M", plan.token_of_M, "[M]", 1)
+    check_rank(op, "plan.offsets", plan.offsets, "[E + 1]", 1)
+    for name, part in zip(plan._fields, plan, strict=True):
+        check_int32(op, f"plan.{name}", part)
+    check_together(op, like, tensor, **plan._asdict())
+
+
+def check_gather(x_TD: Tensor, plan: MoEPlan) -> None:
+    """Checks the arguments of `moe_gather`."""
+    op = "moe_gather"
+    check_rank(op, "x", x_TD, "[T, D]", 2)
+    check_float(op, "x", x_TD)
+    check_plan(op, "x", x_TD, plan)
+    check_size(op, "T of x", x_TD.shape[0], plan.row_of_TK.shape[0], "T of the plan")
+
+
+def check_grouped(rows_MD: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> None:
+    """Checks the arguments of `grouped_linear`."""
+    op = "grouped_linear"
+    check_rank(op, "rows", rows_MD, "[M, D]", 2)
+    check_rank(op, "weight", weight, "[E, out, in]", 3)
+    check_rank(op, "offsets", offsets, "[E + 1]", 1)
+    check_float(op, "rows", rows_MD)
+    check_int32(op, "offsets", offsets)
+    check_together(op, "rows", rows_MD, weight=weight, bias=bias, offsets=offsets)
+    check_same_dtype(op, "rows", rows_MD, weight=weight, bias=bias)
+    check_size(op, "D of rows", rows_MD.shape[1], weight.shape[2], "the input width of weight")
+    check_size(op, "the number of offsets", offsets.shape[0], weight.shape[0] + 1, "E + 1")
+    check_bias(op, "bias", bias, weight)
+
+
+def check_bias(op: str, name: str, bias: Tensor | None, weight: Tensor) -> None:
+    """Raises ShapeError unless `bias` is None or [E, out] for a weight [E, out, in]."""
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ShapeError(
+            f"{op}: {name} has shape {tuple(bias.shape)}, but its weight {tuple(weight.shape)} "
+            f"needs {tuple(weight.shape[:2])}"
+        )
+
+
+def check_combine(rows_MD: Tensor, weights_TK: Tensor, plan: MoEPlan) -> None:
+    """Checks the arguments of `moe_combine`."""
+    op = "moe_combine"
+    check_rank(op, "rows", rows_MD, "[M, D]", 2)
+    check_float(op, "rows", rows_MD)
+    check_plan(op, "rows", rows_MD, plan)
+    check_size(op, "M of rows", rows_MD.shape[0], plan.token_of_M.shape[0], "M of the plan")
+    check_gate_weights(op, "rows", rows_MD, weights_TK, plan)
+
+
+def check_gate_weights(
+    op: str, like: str, tensor: Tensor, weights_TK: Tensor, plan: MoEPlan
+) -> None:
+    """Checks combine weights against the plan they go with."""
+    check_float(op, "weights", weights_TK)
+    check_together(op, like, tensor, weights=weights_TK)
+    if weights_TK.shape != plan.row_of_TK.shape:
+        raise ShapeError(
+            f"{op}: weights have shape {tuple(weights_TK.shape)}, but the plan is for "
+            f"{tuple(plan.row_of_TK.shape)} choices"
+        )
+
+
+def check_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    plan: MoEPlan,
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+    activation: str,
+) -> None:
+    """Checks the arguments of `moe_mlp`; fc1 and fc2 are (weight, bias) pairs."""
+    op = "moe_mlp"
+    check_rank(op, "x", x_TD, "[T, D]", 2)
+    check_float(op, "x", x_TD)
+    check_plan(op, "x", x_TD, plan)
+    check_size(op, "T of x", x_TD.shape[0], plan.row_of_TK.shape[0], "T of the plan")
+    check_gate_weights(op, "x", x_TD, weights_TK, plan)
+    if activation not in ACTIVATIONS:
+        raise ShapeError(
+            f"{op}: unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}"
+        )
+    check_rank(op, "fc1_weight", fc1[0], "[E, H, D]", 3)
+    check_rank(op, "fc2_weight", fc2[0], "[E, D, H]", 3)
+    others = {"fc1_weight": fc1[0], "fc1_bias": fc1[1], "fc2_weight": fc2[0], "fc2_bias": fc2[1]}
+    check_together(op, "x", x_TD, **others)
+    check_same_dtype(op, "x", x_TD, **others)
+    experts, hidden, width = fc1[0].shape
+    check_size(op, "D of x", x_TD.shape[1], width, "the input width of fc1_weight")
+    check_size(op, "the number of offsets", plan.offsets.shape[0], experts + 1, "E + 1")
+    if fc2[0].shape != (experts, width, hidden):
+        raise ShapeError(
+            f"{op}: fc2_weight has shape {tuple(fc2[0].shape)}, but fc1_weight "
+            f"{tuple(fc1[0].shape)} needs {(experts, width, hidden)}"
+        )
+    check_bias(op, "fc1_bias", fc1[1], fc1[0])
+    check_bias(op, "fc2_bias", fc2[1], fc2[0])

@@ -1,0 +1,148 @@
+"""Plain PyTorch versions of every op: slow, obvious, differentiable; the measure of the kernels.
+
+They are also what runs where no extension was built. Letters: T tokens, D width, H hidden width,
+E experts, K choices per token, M routed rows.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2mkd.ops import _checks
+from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def topk_gate(logits_TE: Tensor, k: int, mode: str = "softmax_selected") -> tuple[Tensor, Tensor]:
+    """Reference of `m2mkd.ops.topk_gate`."""
+    _checks.check_gate(logits_TE, k, mode)
+    values_TE, order_TE = torch.sort(
+        logits_TE.to(compute_dtype(logits_TE.dtype)), dim=1, descending=True, stable=True
+    )
+    if mode == "softmax_selected":
+        weights_TK = values_TE[:, :k].softmax(dim=1)
+    else:
+        weights_TK = values_TE.softmax(dim=1)[:, :k]
+        if mode == "softmax_all_renorm":
+            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+    return weights_TK.to(logits_TE.dtype), order_TE[:, :k].to(torch.int32)
+
+
+def moe_plan(
+    experts_TK: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    priority_T: Tensor | None = None,
+) -> MoEPlan:
+    """Reference of `m2mkd.ops.moe_plan`."""
+    _checks.check_choices(experts_TK, num_experts, capacity, priority_T)
+    num_tokens, num_choices = experts_TK.shape
+    device = experts_TK.device
+    choice_TK = torch.arange(num_tokens * num_choices, device=device).view(experts_TK.shape)
+    if capacity is None:
+        listed = choice_TK.flatten()
+        num_rows: int | torch.SymInt = num_tokens * num_choices
+        limit = num_tokens * num_choices
+    else:
+        if priority_T is not None:
+            choice_TK = choice_TK[torch.argsort(priority_T, descending=True, stable=True)]
+        listed = choice_TK.T.flatten()
+        num_rows = torch.sym_min(num_tokens * num_choices, num_experts * capacity)
+        limit = capacity
+    expert, order = torch.sort(experts_TK.flatten()[listed].long(), stable=True)
+    wanted_E = (expert[:, None] == torch.arange(num_experts, device=device)).sum(0)
+    kept_E = wanted_E.clamp(max=limit)
+    offsets = F.pad(kept_E.cumsum(0), (1, 0))
+    place = torch.arange(expert.shape[0], device=device) - (wanted_E.cumsum(0) - wanted_E)[expert]
+    kept = place < limit
+    row = offsets[expert] + place
+    choice = listed[order]
+    row_of = torch.where(kept, row, -1).new_empty(choice.shape[0])
+    row_of = row_of.scatter(0, choice, torch.where(kept, row, -1))
+    # Dropped choices all land in one spare entry at the end, which is cut off.
+    token_of = torch.full((num_rows + 1,), -1, dtype=torch.long, device=device)
+    token_of = token_of.scatter(0, torch.where(kept, row, num_rows), choice // num_choices)
+    token_of = token_of[:num_rows]
+    if is_eager() and capacity is not None:
+        token_of = token_of[: int(offsets[-1])]
+    return MoEPlan(
+        row_of.view(experts_TK.shape).to(torch.int32),
+        token_of.to(torch.int32),
+        offsets.to(torch.int32),
+    )
+
+
+def moe_gather(x_TD: Tensor, plan: MoEPlan) -> Tensor:
+    """Reference of `m2mkd.ops.moe_gather`."""
+    _checks.check_gather(x_TD, plan)
+    token_M = plan.token_of_M.long()
+    rows_MD = x_TD.index_select(0, token_M.clamp(min=0))
+    return torch.where(token_M[:, None] >= 0, rows_MD, 0)
+
+
+def grouped_linear(
+    rows_MD: Tensor, weight_EHD: Tensor, bias_EH: Tensor | None, offsets: Tensor
+) -> Tensor:
+    """Reference of `m2mkd.ops.grouped_linear`."""
+    _checks.check_grouped(rows_MD, weight_EHD, bias_EH, offsets)
+    if not is_eager():
+        return _grouped_linear_static(rows_MD, weight_EHD, bias_EH, offsets)
+    bounds = offsets.tolist()
+    parts = [
+        F.linear(rows_MD[low:high], weight_EHD[e], None if bias_EH is None else bias_EH[e])
+        for e, (low, high) in enumerate(itertools.pairwise(bounds))
+    ]
+    parts.append(rows_MD.new_zeros(rows_MD.shape[0] - bounds[-1], weight_EHD.shape[1]))
+    return torch.cat(parts)
+
+
+def _grouped_linear_static(
+    rows_MD: Tensor, weight_EHD: Tensor, bias_EH: Tensor | None, offsets: Tensor
+) -> Tensor:
+    """Every expert on every row, the wrong ones masked: shapes do not depend on the routing."""
+    row_M = torch.arange(rows_MD.shape[0], device=rows_MD.device)[:, None]
+    out_MH = rows_MD.new_zeros(rows_MD.shape[0], weight_EHD.shape[1])
+    for e in range(weight_EHD.shape[0]):
+        mine = (row_M >= offsets[e]) & (row_M < offsets[e + 1])
+        bias = None if bias_EH is None else bias_EH[e]
+        out_MH = torch.where(mine, F.linear(rows_MD, weight_EHD[e], bias), out_MH)
+    return out_MH
+
+
+def moe_combine(rows_MD: Tensor, weights_TK: Tensor, plan: MoEPlan) -> Tensor:
+    """Reference of `m2mkd.ops.moe_combine`."""
+    _checks.check_combine(rows_MD, weights_TK, plan)
+    wide = compute_dtype(rows_MD.dtype)
+    kept_TK = plan.row_of_TK >= 0
+    padded = F.pad(rows_MD.to(wide), (0, 0, 0, 1))
+    index_TK = torch.where(kept_TK, plan.row_of_TK.long(), rows_MD.shape[0])
+    picked_TKD = padded.index_select(0, index_TK.flatten()).view(*index_TK.shape, rows_MD.shape[1])
+    weights_TK = torch.where(kept_TK, weights_TK.to(wide), 0)
+    return (picked_TKD * weights_TK[..., None]).sum(dim=1).to(rows_MD.dtype)
+
+
+def moe_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    plan: MoEPlan,
+    fc1_weight_EHD: Tensor,
+    fc1_bias_EH: Tensor | None,
+    fc2_weight_EDH: Tensor,
+    fc2_bias_ED: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Reference of `m2mkd.ops.moe_mlp`."""
+    fc1, fc2 = (fc1_weight_EHD, fc1_bias_EH), (fc2_weight_EDH, fc2_bias_ED)
+    _checks.check_mlp(x_TD, weights_TK, plan, fc1, fc2, activation)
+    hidden_MH = grouped_linear(moe_gather(x_TD, plan), *fc1, plan.offsets)
+    wide = hidden_MH.to(compute_dtype(hidden_MH.dtype))
+    active_MH = _ACTIVATIONS[activation](wide).to(hidden_MH.dtype)
+    return moe_combine(grouped_linear(active_MH, *fc2, plan.offsets), weights_TK, plan)
