@@ -1,0 +1,24 @@
+"""What a loss means: hybrids, m2mKD losses, training tasks and assembly."""
+
+from m2mkd.distill.assembly import AssemblyReport, assemble, stitch_args
+from m2mkd.distill.hybrid import HybridOutput, freeze, run_hybrid, run_pairs
+from m2mkd.distill.losses import PairLossSettings, boundary_loss, distillation_loss, kd_loss
+from m2mkd.distill.tasks import LogitKDTask, PairsTask, SupervisedTask, pair_name
+
+__all__ = [
+    "AssemblyReport",
+    "HybridOutput",
+    "LogitKDTask",
+    "PairLossSettings",
+    "PairsTask",
+    "SupervisedTask",
+    "assemble",
+    "boundary_loss",
+    "distillation_loss",
+    "freeze",
+    "kd_loss",
+    "pair_name",
+    "run_hybrid",
+    "run_pairs",
+    "stitch_args",
+]

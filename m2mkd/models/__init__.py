@@ -1,0 +1,17 @@
+"""Whole networks; importing this package registers the students with timm."""
+
+from m2mkd.models.build import create_meta, create_vit, load_pretrained_vit, resolve_depths
+from m2mkd.models.stages import ViTStage, balanced_depths, check_depths, split_vit
+from m2mkd.models.vmoe import VMoE
+
+__all__ = [
+    "VMoE",
+    "ViTStage",
+    "balanced_depths",
+    "check_depths",
+    "create_meta",
+    "create_vit",
+    "load_pretrained_vit",
+    "resolve_depths",
+    "split_vit",
+]

@@ -1,0 +1,170 @@
+"""Creating the three networks of a run by name, through timm's registry.
+
+Students, teachers and meta models are all timm vision transformers; ours are registered by
+importing this package.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
+from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers the students)
+from m2mkd.models.stages import balanced_depths, check_depths
+
+DEFAULT_MODULES = 4
+
+
+def create_vit(
+    name: str,
+    model_args: dict[str, Any],
+    *,
+    num_classes: int,
+    image_size: int,
+    channels: int,
+    drop_path: float = 0.0,
+    **extra: Any,
+) -> VisionTransformer:
+    """Creates a freshly initialised vision transformer.
+
+    Args:
+        name: A timm model name.
+        model_args: The user's arguments for `timm.create_model`.
+        num_classes: Outputs of the head.
+        image_size: Height and width of the images, in pixels.
+        channels: Channels of the images.
+        drop_path: Stochastic depth rate.
+        extra: Arguments set by us, which win over the user's.
+
+    Raises:
+        ConfigError: Unknown model, arguments it does not take, or not a plain ViT.
+    """
+    args = {
+        **model_args,
+        "num_classes": num_classes,
+        "img_size": image_size,
+        "in_chans": channels,
+        "drop_path_rate": drop_path,
+        **extra,
+    }
+    if not timm.is_model(name):
+        known = timm.list_models("vit_*") + timm.list_models("deit*") + timm.list_models("vmoe_*")
+        raise ConfigError(f"timm has no model '{name}'{did_you_mean(name, known)}")
+    try:
+        model = timm.create_model(name, **args)
+    except (TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(f"model {name} cannot be built with {model_args}: {error}") from None
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError(
+            f"model {name} is a {type(model).__name__}; modules can be cut from timm's "
+            "VisionTransformer family only (vit_*, deit_*, deit3_*, vmoe_*)"
+        )
+    return model
+
+
+def load_pretrained_vit(
+    name: str,
+    model_args: dict[str, Any],
+    *,
+    num_classes: int,
+    image_size: int,
+    channels: int,
+    checkpoint: Path | None,
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """Creates a ViT with published weights, from the hub or a local file.
+
+    timm adapts what differs: positions are resampled to the image size, the patch embedding to
+    the channels, and a head for another number of classes starts afresh.
+
+    Args:
+        checkpoint: A .safetensors or .pth file; None takes the weights from the hub.
+
+    Raises:
+        CheckpointError: The file is missing, corrupt or of another model; the hub gives nothing.
+    """
+    extra: dict[str, Any] = {"pretrained": True}
+    if checkpoint is not None:
+        if not checkpoint.is_file():
+            raise CheckpointError(f"teacher.checkpoint {checkpoint} does not exist")
+        extra["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
+        if _head_size(checkpoint) == num_classes:
+            # The registered class count is the publisher's; this file's head already fits.
+            extra["pretrained_cfg_overlay"]["num_classes"] = num_classes
+    source = checkpoint or "the hub"
+    try:
+        return create_vit(
+            name,
+            model_args,
+            num_classes=num_classes,
+            image_size=image_size,
+            channels=channels,
+            drop_path=drop_path,
+            **extra,
+        )
+    except ConfigError as error:
+        if "cannot be built" not in str(error):
+            raise
+        raise CheckpointError(f"weights of {name} from {source} do not fit: {error}") from None
+    except Exception as error:  # hub clients and unpicklers raise many unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot load weights of {name} from {source}: {reason}") from error
+
+
+def _head_size(checkpoint: Path) -> int | None:
+    """Number of classes of the head in a checkpoint file, or None when it cannot be told."""
+    from timm.models import load_state_dict
+
+    try:
+        bias: torch.Tensor | None = load_state_dict(str(checkpoint)).get("head.bias")
+    except Exception as error:  # unpicklers and safetensors raise many unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"teacher.checkpoint {checkpoint} is not a readable checkpoint: {reason}"
+        ) from error
+    return None if bias is None else bias.shape[0]
+
+
+def create_meta(
+    name: str,
+    model_args: dict[str, Any],
+    *,
+    num_modules: int,
+    num_classes: int,
+    image_size: int,
+    channels: int,
+) -> VisionTransformer:
+    """Creates the meta model: the teacher's architecture with one block per module.
+
+    m2mKD section 3 (arXiv 2402.16918), after Deep Incubation (arXiv 2212.04129).
+    """
+    return create_vit(
+        name,
+        model_args,
+        num_classes=num_classes,
+        image_size=image_size,
+        channels=channels,
+        depth=num_modules,
+    )
+
+
+def resolve_depths(
+    depths: list[int] | str, num_blocks: int, *, what: str, num_modules: int | None = None
+) -> list[int]:
+    """Returns the blocks per module; `auto` cuts evenly into the given number (default 4).
+
+    Raises:
+        ConfigError: Depths that do not fit the model, or not `num_modules` of them.
+    """
+    if isinstance(depths, str):
+        return balanced_depths(num_blocks, num_modules or min(DEFAULT_MODULES, num_blocks))
+    check_depths(depths, num_blocks, what=what)
+    if num_modules is not None and len(depths) != num_modules:
+        raise ConfigError(
+            f"{what} {depths} has {len(depths)} modules, but the teacher is cut into "
+            f"{num_modules}; each student module learns from one teacher module"
+        )
+    return depths

@@ -1,0 +1,311 @@
+"""Checkpoint folders: written atomically, verified when read, free of pickled code.
+
+A stage folder holds `step_000500/` folders, each with `model.safetensors` (weights under clean
+names), `meta.json` (format, what is needed to rebuild the model, metrics, SHA-256 of the other
+files) and, while training goes on, `state.pt` (optimiser state: tensors, numbers and lists only).
+`last` and `best` name the newest step and the one with the best validation accuracy; `DONE` says
+that the stage is complete.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from m2mkd.errors import CheckpointError
+from m2mkd.models.build import create_vit
+
+FORMAT = 1
+_WEIGHTS, _STATE, _META = "model.safetensors", "state.pt", "meta.json"
+
+
+@dataclass
+class ModelCard:
+    """What is needed to rebuild and use a trained network.
+
+    Attributes:
+        model: timm model name.
+        model_args: Arguments for it, beyond the fields below.
+        depths: Blocks per module.
+        num_classes: Outputs of the head.
+        image_size: Height and width of its input, in pixels.
+        channels: Channels of its input.
+        class_names: In the order of the logits.
+        preprocessing: timm data config (input_size, interpolation, mean, std, crop_pct, crop_mode).
+        recipe: Digest of the recipe that trained it.
+        versions: Library versions at training time.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    depths: list[int]
+    num_classes: int
+    image_size: int
+    channels: int
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    recipe: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def build(self) -> VisionTransformer:
+        """Creates the network with fresh weights."""
+        return create_vit(
+            self.model,
+            self.model_args,
+            num_classes=self.num_classes,
+            image_size=self.image_size,
+            channels=self.channels,
+        )
+
+
+@dataclass
+class Checkpoint:
+    """One step folder, read and verified."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def state(self) -> dict[str, Any]:
+        """Reads the optimiser state, on the CPU.
+
+        Raises:
+            CheckpointError: There is none, or it cannot be read.
+        """
+        path = self.path / _STATE
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and zipfile raise many unrelated types
+            raise CheckpointError(f"cannot read training state {path}: {error}") from error
+        return state
+
+    @property
+    def card(self) -> ModelCard:
+        """The model card, for checkpoints of whole networks.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold a whole network.
+        """
+        try:
+            return ModelCard(**self.meta["card"])
+        except (KeyError, TypeError):
+            raise CheckpointError(
+                f"{self.path} holds no whole network (no model card); name a run folder or the "
+                "end_to_end folder of one"
+            ) from None
+
+
+def write_checkpoint(
+    stage: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    *,
+    meta: dict[str, Any],
+    state: dict[str, Any] | None = None,
+    is_best: bool = False,
+    keep: int = 2,
+) -> Path:
+    """Writes `stage/step_NNNNNN` completely or not at all, and points `last` (and `best`) to it.
+
+    Args:
+        stage: The stage's folder; made when missing.
+        step: Optimiser steps done.
+        weights: Tensors by name.
+        meta: JSON-able facts; `format`, `step` and `sha256` are added.
+        state: Optimiser and schedule state; None for a final checkpoint.
+        is_best: Whether to point `best` here.
+        keep: How many of the newest steps stay, besides the best.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; earlier checkpoints
+            stay as they were.
+    """
+    final = stage / f"step_{step:06d}"
+    partial = stage / f".{final.name}.tmp"
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / _WEIGHTS
+        )
+        if state is not None:
+            torch.save(state, partial / _STATE)
+        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        full_meta = {"format": FORMAT, "step": step, **meta, "sha256": hashes}
+        (partial / _META).write_text(json.dumps(full_meta, indent=1, default=str))
+        for path in partial.iterdir():
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(stage)
+        write_text(stage / "last", final.name)
+        if is_best:
+            write_text(stage / "best", final.name)
+        _forget_old(stage, keep)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _write_failure(final, error) from error
+    return final
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small text file atomically."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads one step folder and checks it against its own hashes.
+
+    Raises:
+        CheckpointError: Missing, foreign, of a newer format, or damaged.
+    """
+    meta = _read_meta(folder)
+    for name, expected in meta["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
+        if _sha256(path) != expected:
+            raise CheckpointError(f"checkpoint file {path} is damaged: its SHA-256 differs")
+    try:
+        weights = load_file(folder / _WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot read {folder / _WEIGHTS}: {error}") from None
+    return Checkpoint(folder, weights, meta)
+
+
+def newest_checkpoint(stage: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Finds the newest readable step of a stage.
+
+    Returns:
+        The checkpoint, or None when no step was ever written; and one line for every newer step
+        that was passed over because it is damaged.
+
+    Raises:
+        CheckpointError: There are steps, and none is readable.
+    """
+    problems: list[str] = []
+    for folder in reversed(_steps(stage)):
+        try:
+            return read_checkpoint(folder), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(
+            f"no readable checkpoint in {stage} ({problems[0]}); remove that folder to redo the "
+            "stage"
+        )
+    return None, []
+
+
+def load_model(path: Path) -> tuple[VisionTransformer, Checkpoint]:
+    """Loads the trained student of a run, in eval mode on the CPU.
+
+    Args:
+        path: A run folder, a stage folder of a whole network, or one of its step folders.
+
+    Raises:
+        CheckpointError: Nothing there, an unfinished run, or weights that do not fit.
+    """
+    checkpoint = read_checkpoint(_find_step(path))
+    model = checkpoint.card.build()
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise CheckpointError(f"weights of {checkpoint.path} do not fit: {detail}") from None
+    return model.eval(), checkpoint
+
+
+def card_dict(card: ModelCard) -> dict[str, Any]:
+    """The card as plain values for `meta.json`."""
+    return asdict(card)
+
+
+def _find_step(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; name a run folder, such as runs/quickstart")
+    if (path / _META).is_file():
+        return path
+    is_run = (path / "recipe.yaml").is_file()
+    stage = path / "end_to_end" if is_run else path
+    if is_run and not (stage / "DONE").is_file():
+        raise CheckpointError(
+            f"run {path} is not finished: its end_to_end stage is not complete; "
+            f"run `m2mkd train {path / 'recipe.yaml'} --out {path}` to go on"
+        )
+    pointer = stage / "last"
+    if not pointer.is_file():
+        raise CheckpointError(f"{path} is neither a run folder nor a checkpoint of m2mkd")
+    return stage / pointer.read_text().strip()
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / _META
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a checkpoint of m2mkd: no {_META}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), dict):
+        raise CheckpointError(f"{path} was not written by m2mkd")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {meta.get('format')}, this version reads {FORMAT}; "
+            "use the version of m2mkd that wrote it"
+        )
+    return meta
+
+
+def _write_failure(path: Path, error: Exception) -> CheckpointError:
+    text = str(error)
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+    # torch.save reports a full disk as a failed write of its zip container.
+    if is_full or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return CheckpointError(
+            f"cannot write {path}: the disk is full; free some space and run the same command "
+            "again, earlier checkpoints are intact"
+        )
+    return CheckpointError(f"cannot write {path}: {text.splitlines()[0] if text else error!r}")
+
+
+def _steps(stage: Path) -> list[Path]:
+    return sorted(stage.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def _forget_old(stage: Path, keep: int) -> None:
+    best = stage / "best"
+    best_name = best.read_text().strip() if best.is_file() else ""
+    for folder in _steps(stage)[:-keep]:
+        if folder.name != best_name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

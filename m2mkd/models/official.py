@@ -1,0 +1,169 @@
+"""Loading checkpoints of the papers' published code.
+
+Each loader below names the code its layout comes from. Every tensor is placed
+under our names or the load fails; nothing is skipped silently.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
+from m2mkd.models.stages import ViTStage
+from m2mkd.models.vmoe import VMoE
+
+Config = Mapping[str, Any]
+
+# FastMoE names -> ours, inside a block. Expert weights are [E, H, D] and [E, D, H] in both.
+_MOE_NAMES = {
+    "moe.gate.gate.weight": "mlp.router.weight",
+    "moe.gate.gate.bias": "mlp.router.bias",
+    "moe.experts.htoh4.weight": "mlp.fc1_weight",
+    "moe.experts.htoh4.bias": "mlp.fc1_bias",
+    "moe.experts.h4toh.weight": "mlp.fc2_weight",
+    "moe.experts.h4toh.bias": "mlp.fc2_bias",
+    "pre_stitch.ln.weight": "pre_stitch.norm.weight",
+    "pre_stitch.ln.bias": "pre_stitch.norm.bias",
+    "post_stitch.ln.weight": "post_stitch.norm.weight",
+    "post_stitch.ln.bias": "post_stitch.norm.bias",
+}
+_SINGLE_EXPERT = re.compile(
+    r"(blocks\.\d+\.moe\.experts)\.(\d+)\.((?:htoh4|h4toh)\.(?:weight|bias))$"
+)
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
+
+
+def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
+    """Builds our module from a published checkpoint and returns it in eval mode.
+
+    Args:
+        kind: `vit` (Deep Incubation's teachers and meta models) or `vmoe` (m2mKD's V-MoE, whole
+            or one student module).
+        state_dict: Tensors (or arrays) under the published names; `stages.*` repetitions of
+            `blocks.*` may be there.
+        config: Sizes, as the published constructors name them: embed_dim, num_heads, patch_size,
+            img_size, num_classes, mlp_ratio, qkv_bias; for V-MoE also num_expert, top_k, moe_pos,
+            pre_stitch_pos, post_stitch_pos, stitch_dim, is_student, idx. The number of blocks is
+            read from the checkpoint.
+
+    Returns:
+        A timm `VisionTransformer`, a `VMoE`, or for one student module a `ViTStage`. The attribute
+        `loaded_tensors` maps every tensor's published name to ours.
+
+    Raises:
+        ConfigError: Unknown kind or a config that lacks a size.
+        CheckpointError: A tensor that has no place, is missing, or has another shape.
+    """
+    if kind not in _LOADERS:
+        raise ConfigError(
+            f"unknown kind '{kind}'{did_you_mean(kind, _LOADERS)}; known: {', '.join(_LOADERS)}"
+        )
+    tensors = {
+        name: torch.from_numpy(np.asarray(value)) if not isinstance(value, Tensor) else value
+        for name, value in state_dict.items()
+        if not name.startswith(("stages.", "__"))
+    }
+    try:
+        module, names = _LOADERS[kind](tensors, config)
+    except KeyError as error:
+        raise ConfigError(f"config of a {kind} checkpoint lacks {error}") from None
+    _fill(module, {names[name]: tensor for name, tensor in tensors.items()}, kind)
+    module.loaded_tensors = names
+    return module.eval()
+
+
+def _load_vit(tensors: dict[str, Tensor], config: Config) -> tuple[nn.Module, dict[str, str]]:
+    """Deep Incubation's VisionTransformer; its names are timm's."""
+    vit = VisionTransformer(depth=_num_blocks(tensors), **_vit_args(config))
+    return vit, {name: name for name in tensors}
+
+
+def _load_vmoe(tensors: dict[str, Tensor], config: Config) -> tuple[nn.Module, dict[str, str]]:
+    """m2mKD's VMoE with FastMoE experts, fused (up to 1.0.0) or one by one (from 1.0.1)."""
+    _fuse_experts(tensors)
+    depth = _num_blocks(tensors)
+    moe_pos = config.get("moe_pos")
+    model = VMoE(
+        depth=depth,
+        moe_blocks="all" if moe_pos is None else moe_pos,
+        num_experts=config["num_expert"],
+        num_selected=config.get("top_k", 2),
+        pre_stitch_blocks=config.get("pre_stitch_pos") or (),
+        post_stitch_blocks=config.get("post_stitch_pos") or (),
+        stitch_dim=config.get("stitch_dim"),
+        **_vit_args(config),
+    )
+    names = {name: _our_name(name) for name in tensors}
+    if not config.get("is_student"):
+        return model, names
+    index = config["idx"]
+    return ViTStage(model, 0, depth, is_first=index == 0, is_last=index == -1), names
+
+
+_LOADERS: dict[str, Callable[[dict[str, Tensor], Config], tuple[nn.Module, dict[str, str]]]] = {
+    "vit": _load_vit,
+    "vmoe": _load_vmoe,
+}
+
+
+def _vit_args(config: Config) -> dict[str, Any]:
+    return {
+        "img_size": config["img_size"],
+        "patch_size": config["patch_size"],
+        "embed_dim": config["embed_dim"],
+        "num_heads": config["num_heads"],
+        "num_classes": config["num_classes"],
+        "in_chans": config.get("in_chans", 3),
+        "mlp_ratio": config.get("mlp_ratio", 4),
+        "qkv_bias": config.get("qkv_bias", True),
+        "norm_layer": partial(nn.LayerNorm, eps=config.get("layernorm_eps", 1e-6)),
+        # The published experts and MLPs use the exact (erf) GELU.
+        "act_layer": nn.GELU,
+    }
+
+
+def _num_blocks(tensors: Mapping[str, Tensor]) -> int:
+    blocks = [int(match[1]) for match in map(_BLOCK.match, tensors) if match]
+    if not blocks:
+        raise CheckpointError("the checkpoint has no tensor named blocks.N.*; not a ViT")
+    return max(blocks) + 1
+
+
+def _fuse_experts(tensors: dict[str, Tensor]) -> None:
+    """Stacks per-expert tensors [1, ...] (FastMoE 1.0.1 and later) into [E, ...], in place."""
+    groups: dict[str, dict[int, str]] = {}
+    for name in tensors:
+        if match := _SINGLE_EXPERT.match(name):
+            groups.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = name
+    for fused, members in groups.items():
+        parts = [tensors.pop(members[expert]) for expert in sorted(members)]
+        tensors[fused] = torch.cat(parts)
+
+
+def _our_name(name: str) -> str:
+    match = _BLOCK.match(name)
+    if match and match[2] in _MOE_NAMES:
+        return f"blocks.{match[1]}.{_MOE_NAMES[match[2]]}"
+    return name
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], kind: str) -> None:
+    own = module.state_dict()
+    problems = [f"no place for {name}" for name in tensors if name not in own]
+    problems += [f"{name} is missing" for name in own if name not in tensors]
+    problems += [
+        f"{name} has shape {list(tensor.shape)}, not {list(own[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8])
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"checkpoint does not fit a {kind} of this config: {shown}{more}")
+    module.load_state_dict(tensors)

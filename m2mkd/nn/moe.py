@@ -1,0 +1,195 @@
+"""Mixture-of-experts MLP with top-k routing (V-MoE, arXiv 2106.05974; FastMoE's naive gate).
+
+Letters: T tokens, D width, H hidden width of an expert, E experts, K experts per token.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from m2mkd import ops
+from m2mkd.errors import ConfigError
+
+GateMode = Literal["softmax_selected", "softmax_all", "softmax_all_renorm"]
+
+
+class MoEMlp(nn.Module):
+    """A transformer MLP whose hidden layer is one of E experts, chosen per token.
+
+    Output = sum over the K chosen experts e of gate_e(x) * MLP_e(x) (V-MoE eq. 1). Expert weights
+    are [E, out, in]. In training mode `auxiliary_loss` holds the weighted sum of the importance,
+    load and z losses of the last forward pass.
+
+    Args:
+        dim: Width D of the tokens.
+        hidden_dim: Width H inside an expert.
+        num_experts: E.
+        num_selected: K, at most E.
+        gate: How weights come from router logits; `softmax_selected` (softmax over the K kept
+            logits) is the m2mKD student, `softmax_all` (no renormalisation) is V-MoE.
+        activation: `gelu`, `gelu_tanh`, `relu` or `silu`.
+        bias: Whether experts have biases.
+        router_noise: Standard deviation of the training noise on logits, in units of 1/E (V-MoE
+            uses 1).
+        capacity_factor: Rows an expert may take in training, as a multiple of the even share
+            K*T/E; None drops nothing.
+        eval_capacity_factor: The same at evaluation.
+        prioritise: Fill capacity by descending gate weight (batch prioritised routing, V-MoE
+            section 4.1) instead of token order.
+        importance_weight: Weight of the squared coefficient of variation of summed gate mass.
+        load_weight: Weight of the same of the smooth number of tokens per expert; needs noise.
+        z_weight: Weight of the mean squared log-partition of the router (ST-MoE eq. 5).
+
+    Raises:
+        ConfigError: num_selected exceeds num_experts, or load_weight without router_noise.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        num_experts: int = 8,
+        num_selected: int = 2,
+        gate: GateMode = "softmax_selected",
+        activation: str = "gelu",
+        bias: bool = True,
+        router_noise: float = 0.0,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        prioritise: bool = False,
+        importance_weight: float = 0.0,
+        load_weight: float = 0.0,
+        z_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_selected <= num_experts:
+            raise ConfigError(
+                f"moe: num_selected={num_selected} is not between 1 and num_experts={num_experts}"
+            )
+        if load_weight and not router_noise:
+            raise ConfigError("moe: load_weight needs router_noise above 0 (V-MoE appendix A)")
+        self.num_experts = num_experts
+        self.num_selected = num_selected
+        self.gate: GateMode = gate
+        self.activation = activation
+        self.router_noise = router_noise
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.prioritise = prioritise
+        self.importance_weight = importance_weight
+        self.load_weight = load_weight
+        self.z_weight = z_weight
+        self.auxiliary_loss: Tensor | None = None
+
+        self.router = nn.Linear(dim, num_experts)
+        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.fc2_weight = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws expert weights as nn.Linear does; the router is left to the model's initialiser."""
+        layers = ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias))
+        for weight, bias in layers:
+            bound = 1.0 / math.sqrt(weight.shape[-1])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the chosen experts to every token.
+
+        Args:
+            x: Tokens [..., D].
+
+        Returns:
+            [..., D] in x's dtype. Tokens whose choices were all dropped by capacity give zeros.
+
+        Raises:
+            ConfigError: A capacity factor that rounds to no row at all.
+        """
+        tokens_TD = x.reshape(-1, x.shape[-1])
+        clean_TE, noisy_TE = self._logits(tokens_TD)
+        weights_TK, experts_TK = ops.topk_gate(noisy_TE, self.num_selected, self.gate)
+        priority_T = weights_TK.detach().amax(dim=1) if self.prioritise else None
+        capacity = self.capacity(tokens_TD.shape[0])
+        plan = ops.moe_plan(experts_TK, self.num_experts, capacity, priority_T)
+        out_TD = ops.moe_mlp(
+            tokens_TD,
+            weights_TK,
+            plan,
+            self.fc1_weight,
+            self.fc1_bias,
+            self.fc2_weight,
+            self.fc2_bias,
+            self.activation,
+        )
+        if self.training:
+            self.auxiliary_loss = self._auxiliary_loss(clean_TE, noisy_TE)
+        return out_TD.reshape(x.shape)
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """Rows each expert may take for `num_tokens` tokens; None means no limit.
+
+        V-MoE eq. 2: round(K * T * C / E).
+        """
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None or num_tokens == 0:
+            return None
+        capacity = round(self.num_selected * num_tokens * factor / self.num_experts)
+        if capacity < 1:
+            enough = math.ceil(100 * self.num_experts / (self.num_selected * num_tokens)) / 100
+            raise ConfigError(
+                f"moe: capacity 0 from num_tokens={num_tokens}, num_experts={self.num_experts}, "
+                f"num_selected={self.num_selected}, capacity_factor={factor}; "
+                f"raise the factor to {enough} or use fewer experts"
+            )
+        return capacity
+
+    def _logits(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Router logits in float32 or better, without and with training noise."""
+        dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
+        with torch.autocast(tokens_TD.device.type, enabled=False):
+            clean_TE = nn.functional.linear(
+                tokens_TD.to(dtype), self.router.weight.to(dtype), self.router.bias.to(dtype)
+            )
+        if not (self.training and self.router_noise):
+            return clean_TE, clean_TE
+        noise_TE = torch.randn_like(clean_TE) * (self.router_noise / self.num_experts)
+        return clean_TE, clean_TE + noise_TE
+
+    def _auxiliary_loss(self, clean_TE: Tensor, noisy_TE: Tensor) -> Tensor | None:
+        losses = []
+        if self.importance_weight:
+            importance_E = clean_TE.softmax(dim=1).sum(dim=0)
+            losses.append(self.importance_weight * _squared_variation(importance_E))
+        if self.load_weight:
+            losses.append(self.load_weight * self._load_loss(clean_TE, noisy_TE))
+        if self.z_weight:
+            losses.append(self.z_weight * clean_TE.logsumexp(dim=1).square().mean())
+        return torch.stack(losses).sum() if losses else None
+
+    def _load_loss(self, clean_TE: Tensor, noisy_TE: Tensor) -> Tensor:
+        """V-MoE appendix A: how often fresh noise would lift each logit over the K-th one."""
+        deviation = self.router_noise / self.num_experts
+        threshold_T1 = noisy_TE.topk(self.num_selected, dim=1).values[:, -1:]
+        chance_TE = torch.special.ndtr((clean_TE - threshold_T1) / deviation)
+        return _squared_variation(chance_TE.mean(dim=0))
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Sums the auxiliary losses that the model's MoE layers recorded in their last forward pass."""
+    losses = [
+        layer.auxiliary_loss
+        for layer in model.modules()
+        if isinstance(layer, MoEMlp) and layer.auxiliary_loss is not None
+    ]
+    return torch.stack(losses).sum() if losses else None
+
+
+def _squared_variation(values_E: Tensor) -> Tensor:
+    return values_E.var(unbiased=False) / values_E.mean().square()
