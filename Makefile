@@ -20,10 +20,10 @@ STAMP := .venv/.installed
 NATIVE := $(shell find csrc -type f)
 RUN := runs/quickstart
 
-# PATH lets the build find the ninja inside .venv. pip's bookkeeping lines are dropped; downloads,
-# builds and errors stay.
+# PATH lets the build find the ninja inside .venv.
 PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -c constraints.txt
-BRIEFLY := | sed -u -E '/^(Looking in|Requirement already|Collecting|Obtaining|Processing|  Using cached|.*\.metadata )/d'
+# Of pip's many lines, large downloads, builds and installs; what goes wrong is on its other stream.
+BRIEFLY := | sed -u -n -E -e 's/^(.{96}).*/\1 .../' -e '/^ *(Downloading .* [MG]B\)|Building|Installing)/p'
 
 FAULT = $(shell PYTHON='$(PYTHON)' CXX='$(CXX)' sh scripts/check_toolchain.sh)
 
@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@echo "== set-up 2/3: PyTorch and the build tools (several GB the first time)"
 	@$(PIP) setuptools wheel ninja pybind11 torch torchvision $(BRIEFLY)
 	@echo "== set-up 3/3: the other packages, and m2mkd with its compiled extension"
-	@$(PIP) --no-build-isolation -e '.[dev]' $(BRIEFLY)
+	@PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-build-isolation -e '.[dev]' $(BRIEFLY)
 	@touch $@
 
 test: $(STAMP)  ## run the whole test suite
