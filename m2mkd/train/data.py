@@ -1,0 +1,187 @@
+"""The images of a run, in batches whose content depends on the seed and nothing else.
+
+The order of an epoch is a function of (seed, epoch), and what augmentation does to an image of
+(seed, epoch, index), so a resumed run meets the batches of an uninterrupted one bit for bit,
+with any number of workers. Letters: B batch, C channels, H height, W width.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from m2mkd.errors import DataError
+from m2mkd.recipe import DataConfig
+from m2mkd.train.augment import Preparation, global_generators_kept, preprocessing
+from m2mkd.train.datasets import ImageDataset, load_datasets, spread_over_classes
+
+__all__ = ["ImageData", "ImageDataset", "load_datasets"]
+
+
+class _Batch(NamedTuple):
+    images_BCHW: Tensor
+    labels_B: Tensor
+    # Index and message of every image that could not be read. Workers report them as data: an
+    # exception would reach the main process wrapped in a traceback.
+    unreadable: list[tuple[int, str]]
+
+
+class _BatchReader(Dataset[_Batch]):
+    """Reads, augments and normalises whole batches; runs in the workers."""
+
+    def __init__(self, images: ImageDataset, preparation: Preparation, key: str) -> None:
+        self._images = images
+        self._preparation = preparation
+        self._key = key
+
+    def __getitem__(self, indices: list[int]) -> _Batch:
+        pixels: list[Tensor] = []
+        keys: list[str] = []
+        labels: list[int] = []
+        unreadable: list[tuple[int, str]] = []
+        with global_generators_kept():
+            for index in indices:
+                try:
+                    image = self._images.image(index)
+                except DataError as error:
+                    unreadable.append((index, str(error)))
+                    continue
+                keys.append(f"{self._key}/{index}")
+                labels.append(self._images.label(index))
+                pixels.append(self._preparation.transform(image, keys[-1]))
+            images_BCHW = self._preparation.finish(pixels, keys) if pixels else torch.empty(0)
+        return _Batch(images_BCHW, torch.tensor(labels, dtype=torch.int64), unreadable)
+
+
+class ImageData:
+    """The training and validation images of a run.
+
+    Attributes:
+        train: Training images, before any preparation.
+        validation: Held-out images, before any preparation.
+        class_names: Name of every class.
+        num_classes: Number of classes.
+        steps_per_epoch: Training batches per epoch. They are all full (the rest of the shuffled
+            order is left out); a set smaller than one batch makes one smaller batch.
+        preprocessing: What inference must do to an image, JSON-able, in timm's terms.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        """Opens the data; nothing is decoded yet.
+
+        Raises:
+            DataError: The data are missing, empty or inconsistent.
+            ConfigError: The augmentation cannot work.
+        """
+        self.train, self.validation = load_datasets(config)
+        self.class_names = self.train.class_names
+        self.num_classes = self.train.num_classes
+        self.steps_per_epoch = max(1, len(self.train) // config.batch_size)
+        self.preprocessing = preprocessing(config)
+        self._config = config
+        self._seed = seed
+        self._augmented = Preparation(config, is_training=True)
+        self._plain = Preparation(config, is_training=False)
+        self._unreadable: set[tuple[str, int]] = set()
+
+    @property
+    def bad_images(self) -> int:
+        """Number of different images left out so far because they cannot be read."""
+        return len(self._unreadable)
+
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the shuffled, augmented batches of one epoch.
+
+        Args:
+            epoch: Counts from 0.
+            first_step: Batches to leave out at the start; their images are not read.
+
+        Yields:
+            Images [B, C, H, W], float32, normalised; labels [B], int64.
+
+        Raises:
+            DataError: An image cannot be read and `on_bad_image` is fail, or no image of a batch
+                can be read.
+        """
+        key = f"{self._seed}/{epoch}"
+        generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+        order = torch.randperm(len(self.train), generator=generator).tolist()
+        size = self._config.batch_size
+        batches = [
+            order[step * size : (step + 1) * size]
+            for step in range(first_step, self.steps_per_epoch)
+        ]
+        return self._read("train", _BatchReader(self.train, self._augmented, key), batches)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields every held-out image once, in order, without augmentation.
+
+        Yields:
+            Images [B, C, H, W], float32, normalised; labels [B], int64; the last batch may be
+            smaller than `eval_batch_size`.
+
+        Raises:
+            DataError: As for `train_batches`.
+        """
+        order = list(range(len(self.validation)))
+        size = self._config.eval_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        reader = _BatchReader(self.validation, self._plain, "validation")
+        return self._read("validation", reader, batches)
+
+    def sample_images(self, count: int) -> list[tuple[int, str, Image.Image]]:
+        """Returns held-out images spread over the classes, always the same ones.
+
+        Args:
+            count: How many; fewer are returned when the set has fewer.
+
+        Returns:
+            Index in `validation`, class name and unprepared image, ordered by class.
+
+        Raises:
+            DataError: An image cannot be read and `on_bad_image` is fail.
+        """
+        samples: list[tuple[int, str, Image.Image]] = []
+        for index in spread_over_classes(self.validation.labels).tolist():
+            if len(samples) == count:
+                break
+            try:
+                image = self.validation.image(index)
+            except DataError as error:
+                self._leave_out("validation", [(index, str(error))])
+                continue
+            samples.append((index, self.class_names[self.validation.label(index)], image))
+        return sorted(samples, key=lambda sample: (self.validation.label(sample[0]), sample[0]))
+
+    def _read(
+        self, split: str, reader: _BatchReader, batches: list[list[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            reader,
+            sampler=batches,
+            batch_size=None,  # the sampler's items are whole batches
+            num_workers=min(self._config.workers, len(batches)),
+            # Without one of its own the loader draws from torch's global generator.
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
+        for images_BCHW, labels_B, unreadable in loader:
+            self._leave_out(split, unreadable)
+            if not len(labels_B):
+                raise DataError(
+                    f"none of the {len(unreadable)} images of a {split} batch can be read; "
+                    f"the first: {unreadable[0][1]}"
+                )
+            yield images_BCHW, labels_B
+
+    def _leave_out(self, split: str, unreadable: list[tuple[int, str]]) -> None:
+        if unreadable and self._config.on_bad_image == "fail":
+            raise DataError(
+                f"{unreadable[0][1]}; repair or remove it, or leave such images out with "
+                "data.on_bad_image: skip"
+            )
+        self._unreadable.update((split, index) for index, _ in unreadable)
