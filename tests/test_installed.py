@@ -25,6 +25,7 @@ def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py hands to setuptools, without building anything."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "egg_info"])
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py", run_name="__main__")
     return given
