@@ -7,7 +7,6 @@ W width, C channels.
 import math
 import os
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,16 +27,66 @@ DIGITS_VALIDATION_IMAGES = 500
 SPLIT_SEED = 0
 
 
-class ImageDataset(ABC):
-    """Images with one label each, addressed by index.
+class ArrayImages:
+    """Greyscale images held in memory."""
+
+    def __init__(self, images_NHW: npt.NDArray[np.uint8], *, mode: str, source: str) -> None:
+        self._images_NHW = images_NHW
+        self._mode = mode
+        self._source = source
+
+    def read(self, position: int) -> Image.Image:
+        """Returns one image, [H, W] pixels."""
+        return Image.fromarray(self._images_NHW[position]).convert(self._mode)
+
+    def describe(self, position: int) -> str:
+        """Returns the source and the position in it."""
+        return f"{self._source} image {position}"
+
+
+class FileImages:
+    """Images in files, decoded when they are asked for."""
+
+    def __init__(self, paths: list[str], *, mode: str) -> None:
+        self._paths = paths
+        self._mode = mode
+
+    def read(self, position: int) -> Image.Image:
+        """Decodes one file; raises what `read_image` does."""
+        return read_image(self._paths[position], self._mode)
+
+    def describe(self, position: int) -> str:
+        """Returns the path."""
+        return self._paths[position]
+
+
+class ImageDataset:
+    """Images with one label each, addressed by index; all of a source or some of it.
 
     Attributes:
         class_names: Name of every class, in the order of the labels.
         labels: Class of every image, [N], int64.
     """
 
-    class_names: list[str]
-    labels: Indices
+    def __init__(
+        self,
+        images: ArrayImages | FileImages,
+        labels: Indices,
+        class_names: list[str],
+        positions: Indices | None = None,
+    ) -> None:
+        """Pairs images with their labels.
+
+        Args:
+            images: Where the images are.
+            labels: Class of every image of the set, [N], int64.
+            class_names: Name of every class.
+            positions: Which of `images` the set holds, [N], int64; by default the first N.
+        """
+        self.labels = labels
+        self.class_names = class_names
+        self._images = images
+        self._positions = np.arange(len(labels)) if positions is None else positions
 
     @property
     def num_classes(self) -> int:
@@ -51,84 +100,23 @@ class ImageDataset(ABC):
         """Returns the class of one image."""
         return int(self.labels[index])
 
-    @abstractmethod
     def image(self, index: int) -> Image.Image:
         """Decodes one image, mode L or RGB as the data configuration asks.
 
         Raises:
             DataError: The file cannot be read; the message names it.
         """
-        raise NotImplementedError
+        return self._images.read(int(self._positions[index]))
 
-    @abstractmethod
     def describe(self, index: int) -> str:
         """Returns where one image comes from, for messages."""
-        raise NotImplementedError
+        return self._images.describe(int(self._positions[index]))
 
-
-class ArrayImages(ImageDataset):
-    """Greyscale images held in memory."""
-
-    def __init__(
-        self,
-        images_NHW: npt.NDArray[np.uint8],
-        labels: Indices,
-        class_names: list[str],
-        *,
-        mode: str,
-        source: str,
-    ) -> None:
-        self.images_NHW = images_NHW
-        self.labels = labels
-        self.class_names = class_names
-        self._mode = mode
-        self._source = source
-
-    def image(self, index: int) -> Image.Image:
-        """Returns one image, [H, W] pixels."""
-        return Image.fromarray(self.images_NHW[index]).convert(self._mode)
-
-    def describe(self, index: int) -> str:
-        """Returns the source and the position in it."""
-        return f"{self._source} image {index}"
-
-
-class FileImages(ImageDataset):
-    """Images in files, decoded when they are asked for."""
-
-    def __init__(
-        self, paths: list[str], labels: Indices, class_names: list[str], *, mode: str
-    ) -> None:
-        self.paths = paths
-        self.labels = labels
-        self.class_names = class_names
-        self._mode = mode
-
-    def image(self, index: int) -> Image.Image:
-        """Decodes one file."""
-        return read_image(self.paths[index], self._mode)
-
-    def describe(self, index: int) -> str:
-        """Returns the path."""
-        return self.paths[index]
-
-
-class Subset(ImageDataset):
-    """Some images of another set; `describe` still names their place in the whole."""
-
-    def __init__(self, whole: ImageDataset, indices: Indices) -> None:
-        self.class_names = whole.class_names
-        self.labels = whole.labels[indices]
-        self._whole = whole
-        self._indices = indices
-
-    def image(self, index: int) -> Image.Image:
-        """Returns one image of the whole set."""
-        return self._whole.image(int(self._indices[index]))
-
-    def describe(self, index: int) -> str:
-        """Describes one image of the whole set."""
-        return self._whole.describe(int(self._indices[index]))
+    def subset(self, indices: Indices) -> "ImageDataset":
+        """Returns the images at these indices as a set of their own."""
+        return ImageDataset(
+            self._images, self.labels[indices], self.class_names, self._positions[indices]
+        )
 
 
 def load_datasets(config: DataConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -150,7 +138,7 @@ def load_datasets(config: DataConfig) -> tuple[ImageDataset, ImageDataset]:
         train, validation = load(config.root.expanduser(), mode)
     if config.train_limit is not None and config.train_limit < len(train):
         chosen = spread_over_classes(train.labels)[: config.train_limit]
-        train = Subset(train, np.sort(chosen))
+        train = train.subset(np.sort(chosen))
     return train, validation
 
 
@@ -210,20 +198,16 @@ def _digits(mode: str) -> tuple[ImageDataset, ImageDataset]:
 
     digits = load_digits()
     labels = digits.target.astype(np.int64)
-    whole = ArrayImages(
-        np.round(digits.images * (255 / 16)).astype(np.uint8),
-        labels,
-        [str(name) for name in digits.target_names],
-        mode=mode,
-        source="digits",
-    )
+    images_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    class_names = [str(name) for name in digits.target_names]
+    whole = ImageDataset(ArrayImages(images_NHW, mode=mode, source="digits"), labels, class_names)
     train, validation = train_test_split(
         np.arange(len(labels)),
         test_size=DIGITS_VALIDATION_IMAGES,
         stratify=labels,
         random_state=SPLIT_SEED,
     )
-    return Subset(whole, np.sort(train)), Subset(whole, np.sort(validation))
+    return whole.subset(np.sort(train)), whole.subset(np.sort(validation))
 
 
 def _fashion_mnist(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
@@ -247,9 +231,8 @@ def _idx_images(root: Path, prefix: str, mode: str) -> ImageDataset:
             f"{labels_path} holds label {labels.max()}, but Fashion-MNIST has {len(class_names)} "
             "classes; is it another data set?"
         )
-    return ArrayImages(
-        images_NHW, labels.astype(np.int64), class_names, mode=mode, source=str(images_path)
-    )
+    images = ArrayImages(images_NHW, mode=mode, source=str(images_path))
+    return ImageDataset(images, labels.astype(np.int64), class_names)
 
 
 def _find_idx(root: Path, name: str) -> Path:
@@ -349,7 +332,8 @@ def _class_folders(root: Path, split: str, mode: str) -> ImageDataset:
             f"image_folder: no image files ({', '.join(IMG_EXTENSIONS)}) in {folder} for "
             f"class {_some(empty)}; add images or remove the folder"
         )
-    return FileImages([path for path, _ in samples], labels, class_names, mode=mode)
+    images = FileImages([path for path, _ in samples], mode=mode)
+    return ImageDataset(images, labels, class_names)
 
 
 def _contents(folder: Path) -> str:

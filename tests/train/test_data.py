@@ -194,7 +194,7 @@ def test_equal_images_of_a_batch_are_augmented_differently(tmp_path: Path) -> No
     for path in paths[1:]:
         path.write_bytes(paths[0].read_bytes())
     data = folder_data(tmp_path, augment={"crop_scale": (0.3, 1.0)}, batch_size=30)
-    assert len(images_of(list(data.train_batches(0))).flatten(1).unique(dim=0)) > 20
+    assert len(images_of(list(data.train_batches(0))).flatten(1).unique(dim=0)) > 10
 
 
 @pytest.mark.parametrize("workers", [0, 2])
