@@ -1,0 +1,219 @@
+"""What pyproject.toml cannot say: the folder map, and the C++/CUDA extension.
+
+Switches (environment variables):
+    M2MKD_CUDA=0|1|auto     build the CUDA library: never, always, or when nvcc and a CUDA torch
+                            are there (auto, the default)
+    M2MKD_NO_EXTENSION=1    build nothing; every op runs on its PyTorch reference
+    TORCH_CUDA_ARCH_LIST    GPU architectures; the default suits wheels
+    MAX_JOBS                parallel compilations; the default fits cores and free memory
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent.resolve()
+FOLDERS = {"m2mkd": "m2mkd", "m2mkd.export": "export", "m2mkd.cli": "cli"}
+# The oldest torch whose stable C++ interface the kernels use: one build serves it and later ones.
+TARGET_TORCH = (2, 11)
+# Architecture, and the first CUDA release whose nvcc knows it.
+WHEEL_ARCHS = {"8.0": 0.0, "8.6": 0.0, "8.9": 11.8, "9.0": 11.8, "10.0": 12.8, "12.0+PTX": 12.8}
+MINIMUM_GCC = 11
+GIB_PER_JOB = 2
+
+
+def packages() -> list[str]:
+    """Names of all packages; the links m2mkd/export and m2mkd/cli are for tools and left out."""
+    names = set(FOLDERS)
+    for name, folder in FOLDERS.items():
+        skip = ["export", "export.*", "cli", "cli.*"] if name == "m2mkd" else []
+        names |= {f"{name}.{sub}" for sub in find_packages(folder, exclude=skip)}
+    return sorted(names)
+
+
+def stop(message: str) -> None:
+    """Ends the build with one line, without a traceback."""
+    sys.exit(f"m2mkd: {message}")
+
+
+def check_compiler() -> str:
+    """Returns the compiler's name and version; ends the build where it cannot do C++20."""
+    name = os.environ.get("CXX", "c++")
+    command = name.split()
+    if shutil.which(command[-1] if command[0] == "ccache" else command[0]) is None:
+        stop(
+            f"no C++ compiler: {name!r} was not found; install g++ {MINIMUM_GCC} or newer, or set "
+            "CXX, or set M2MKD_NO_EXTENSION=1 to install without the kernels"
+        )
+    first = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    version = first.stdout.splitlines()[0] if first.stdout else name
+    probe = subprocess.run(
+        [*command, "-E", "-dM", "-x", "c++", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    macros = dict(
+        line.split(maxsplit=2)[1:] for line in probe.stdout.splitlines() if " __GNUC__ " in line
+    )
+    if "clang" not in version and int(macros.get("__GNUC__", MINIMUM_GCC)) < MINIMUM_GCC:
+        stop(f"{version} is too old; the kernels are C++20: set CXX to g++ {MINIMUM_GCC} or newer")
+    return version
+
+
+def choose_jobs() -> None:
+    """Sets MAX_JOBS from cores and free memory unless the user did, and says so."""
+    if "MAX_JOBS" in os.environ:
+        return
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    meminfo = Path("/proc/meminfo")
+    found = (
+        re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    )
+    by_memory = int(found[1]) // (GIB_PER_JOB << 20) if found else cores
+    jobs = max(1, min(cores, by_memory))
+    os.environ["MAX_JOBS"] = str(jobs)
+    print(
+        f"m2mkd: MAX_JOBS={jobs} ({cores} cores, {GIB_PER_JOB} GiB each); set MAX_JOBS to change it"
+    )
+
+
+def nvcc_version(cuda_home: str | None) -> float | None:
+    """Release of nvcc such as 13.0, or None where there is none."""
+    nvcc = Path(cuda_home, "bin", "nvcc") if cuda_home else None
+    if nvcc is None or not nvcc.exists():
+        return None
+    out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", out)
+    return float(found[1]) if found else None
+
+
+def wants_cuda(nvcc: float | None, torch_cuda: str | None) -> bool:
+    """Whether to build the CUDA library, by M2MKD_CUDA and what is there."""
+    choice = os.environ.get("M2MKD_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        stop(f"M2MKD_CUDA={choice!r}; use 0, 1 or auto")
+    if choice == "0":
+        return False
+    missing = "nvcc (set CUDA_HOME)" if nvcc is None else "a torch built for CUDA"
+    if nvcc is None or torch_cuda is None:
+        if choice == "1":
+            stop(f"M2MKD_CUDA=1 but {missing} was not found")
+        print(f"m2mkd: no CUDA library, for want of {missing}")
+        return False
+    return True
+
+
+def write_facts(folder: Path, facts: dict[str, str]) -> None:
+    """Writes what m2mkd._C reports about the build."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f'    {{"{key}", R"({value})"}},\n' for key, value in facts.items())
+    text = f"constexpr const char* kBuildFacts[][2] = {{\n{rows}}};\n"
+    path = folder / "build_facts.h"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def sources(*patterns: str) -> list[str]:
+    """Sources under csrc/ that match, relative to the root, in a fixed order."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def extensions() -> dict[str, Any]:
+    """The ext_modules and cmdclass arguments of setup()."""
+    if os.environ.get("M2MKD_NO_EXTENSION") == "1":
+        print("m2mkd: M2MKD_NO_EXTENSION=1, so the kernels are not built")
+        return {}
+    try:
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        stop(f"{error}; install torch and pybind11 first and use pip install --no-build-isolation")
+    compiler = check_compiler()
+    nvcc = nvcc_version(cpp_extension.CUDA_HOME)
+    cuda = wants_cuda(nvcc, torch.version.cuda)
+    choose_jobs()
+
+    major, minor = TARGET_TORCH
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    common = {"py_limited_api": True, "extra_link_args": ["-Wl,--as-needed"]}
+    headers = sources("csrc/*.h", "csrc/**/*.h")
+    modules = [
+        cpp_extension.CppExtension(
+            "m2mkd._ops_cpu",
+            sources("csrc/library.cpp", "csrc/cpu/*.cpp"),
+            extra_compile_args=[*flags, target],
+            depends=headers,
+            **common,
+        )
+    ]
+    facts = {
+        "version": re.search(r'__version__ = "(.*)"', (ROOT / "m2mkd/__init__.py").read_text())[1],  # type: ignore[index]
+        "compiler": compiler,
+        "flags": " ".join([*flags, target]),
+        "torch_built": torch.__version__,
+        "torch_target": f"{major}.{minor}",
+        "python": sys.version.split()[0],
+        "cuda": "none",
+        "cuda_archs": "none",
+    }
+    if cuda:
+        assert nvcc is not None
+        archs = ";".join(arch for arch, since in WHEEL_ARCHS.items() if nvcc >= since)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
+        facts |= {"cuda": str(nvcc), "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
+        modules.append(
+            cpp_extension.CUDAExtension(
+                "m2mkd._ops_cuda",
+                sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+                extra_compile_args={
+                    "cxx": [*flags, target, "-DUSE_CUDA"],
+                    "nvcc": ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"],
+                },
+                depends=headers,
+                **common,
+            )
+        )
+    write_facts(ROOT / "build" / "facts", facts)
+    modules.append(
+        cpp_extension.CppExtension(
+            "m2mkd._C",
+            sources("csrc/python/*.cpp"),
+            include_dirs=[pybind11.get_include(), str(ROOT / "build" / "facts")],
+            extra_compile_args=["-O2", "-fvisibility=hidden"],
+            depends=["build/facts/build_facts.h"],
+            extra_link_args=["-Wl,--as-needed"],
+        )
+    )
+
+    class Build(cpp_extension.BuildExtension):
+        """Names the operator libraries without a Python tag: they contain no Python."""
+
+        def get_ext_filename(self, ext_name: str) -> str:
+            if ext_name.rpartition(".")[2].startswith("_ops_"):
+                return os.path.join(*ext_name.split(".")) + ".so"
+            return str(super().get_ext_filename(ext_name))
+
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
+
+
+def wants_extension(commands: Iterable[str]) -> bool:
+    """Whether any command compiles or installs; metadata and source archives need no compiler."""
+    return not set(commands) <= {"egg_info", "dist_info", "sdist", "clean", "--help", "--version"}
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    extra = extensions() if wants_extension(arguments[:1] or ["--help"]) else {}
+    setup(packages=packages(), package_dir=FOLDERS, **extra)
