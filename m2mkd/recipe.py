@@ -96,7 +96,6 @@ class Schedule(_Section):
     min_lr: float = Field(1e-5, ge=0.0)
     clip_grad: float | None = Field(None, gt=0.0, description="gradient norm limit, per module")
     drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth of the trained net")
-    ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="keep an averaged copy")
 
     @model_validator(mode="after")
     def _check(self) -> "Schedule":

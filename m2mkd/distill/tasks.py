@@ -76,10 +76,12 @@ class PairsTask(TrainingTask):
         settings: PairLossSettings | None = None,
     ) -> None:
         super().__init__(verbose=False)
-        self.meta = freeze(nn.ModuleList(meta))
+        self.meta = nn.ModuleList(meta)
+        freeze(self.meta)
         self.indices = sorted(modules)
         self.trainable_module = nn.ModuleDict({pair_name(i): modules[i] for i in self.indices})
-        self.teachers = freeze(nn.ModuleDict({pair_name(i): m for i, m in teachers.items()}))
+        self.teachers = nn.ModuleDict({pair_name(i): m for i, m in teachers.items()})
+        freeze(self.teachers)
         self.settings = settings or PairLossSettings()
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:

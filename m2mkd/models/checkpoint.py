@@ -155,16 +155,24 @@ def write_checkpoint(
         _forget_old(stage, keep)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _write_failure(final, error) from error
+        raise write_failure(final, error) from error
     return final
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small text file atomically."""
+    """Replaces a small text file atomically; its folder is made when missing.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written.
+    """
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        _sync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise write_failure(path, error) from error
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -271,7 +279,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _write_failure(path: Path, error: Exception) -> CheckpointError:
+def write_failure(path: Path, error: Exception) -> CheckpointError:
+    """The error to raise when `path` could not be written; a full disk is told apart."""
     text = str(error)
     is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
     # torch.save reports a full disk as a failed write of its zip container.

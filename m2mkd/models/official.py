@@ -74,7 +74,7 @@ def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
     except KeyError as error:
         raise ConfigError(f"config of a {kind} checkpoint lacks {error}") from None
     _fill(module, {names[name]: tensor for name, tensor in tensors.items()}, kind)
-    module.loaded_tensors = names
+    object.__setattr__(module, "loaded_tensors", names)  # a plain dict, not a submodule
     return module.eval()
 
 

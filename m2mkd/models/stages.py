@@ -37,6 +37,8 @@ class ViTStage(nn.Module):
         is_last: Owns final norm, pooling and head, and returns logits [B, C].
     """
 
+    _vit: VisionTransformer
+
     def __init__(
         self, vit: VisionTransformer, start: int, end: int, *, is_first: bool, is_last: bool
     ) -> None:
@@ -53,7 +55,7 @@ class ViTStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images or tokens [B, T, D] to tokens or logits."""
-        vit: VisionTransformer = self._vit
+        vit = self._vit
         if self.is_first:
             x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
         x = self.blocks(x)

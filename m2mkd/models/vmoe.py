@@ -6,6 +6,7 @@ A V-MoE is a timm `VisionTransformer` with other blocks, so everything timm know
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -105,7 +106,7 @@ class VMoE(VisionTransformer):
         stitch: Stitch = "norm_linear",
         **vit_args: Any,
     ) -> None:
-        chosen = {
+        chosen: dict[str, Any] = {
             "moe_blocks": _moe_block_numbers(moe_blocks, depth),
             "pre_stitch_blocks": _block_numbers("pre_stitch_blocks", pre_stitch_blocks, depth),
             "post_stitch_blocks": _block_numbers("post_stitch_blocks", post_stitch_blocks, depth),
@@ -123,12 +124,11 @@ class VMoE(VisionTransformer):
             "z_weight": z_weight,
         }
 
-        def make_block(**block_args: Any) -> VMoEBlock:
-            return VMoEBlock(
-                moe_args=moe_args, stitch_dim=stitch_dim, stitch=stitch, **chosen, **block_args
-            )
-
-        super().__init__(depth=depth, block_fn=make_block, **vit_args)
+        # timm calls it as it would call a Block class.
+        block_fn: Any = partial(
+            VMoEBlock, moe_args=moe_args, stitch_dim=stitch_dim, stitch=stitch, **chosen
+        )
+        super().__init__(depth=depth, block_fn=block_fn, **vit_args)
 
 
 def _moe_layer(moe_args: dict[str, Any]) -> Any:

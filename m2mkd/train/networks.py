@@ -1,0 +1,184 @@
+"""The networks of a run, built from its recipe and data, and the checks that need no training."""
+
+import platform
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import m2mkd
+from m2mkd.distill import stitch_args
+from m2mkd.distill.assembly import Assembly
+from m2mkd.errors import ConfigError
+from m2mkd.models import VMoE, create_meta, create_vit, load_pretrained_vit, resolve_depths
+from m2mkd.models.checkpoint import ModelCard
+from m2mkd.nn import MoEMlp
+from m2mkd.recipe import Recipe, digest
+from m2mkd.train.data import ImageData
+from m2mkd.train.loop import seed_everything
+
+
+class Networks:
+    """Builds meta model, teacher and student; each kind starts from its own seed.
+
+    Attributes:
+        teacher_depths: Blocks per teacher module.
+        student_depths: Blocks per student module.
+
+    Raises:
+        ConfigError: Models that cannot be built, or do not fit each other.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageData) -> None:
+        self.recipe = recipe
+        self._data = data
+        self._shape: dict[str, Any] = {
+            "num_classes": data.num_classes,
+            "image_size": recipe.data.image_size,
+            "channels": recipe.data.channels,
+        }
+        teacher = self._fresh_teacher()
+        student = self._create_student({})
+        asked = recipe.teacher.depths if recipe.teacher.depths != "auto" else recipe.student.depths
+        count = len(asked) if isinstance(asked, list) else None
+        self.teacher_depths = resolve_depths(
+            recipe.teacher.depths, len(teacher.blocks), what="teacher.depths", num_modules=count
+        )
+        self.student_depths = resolve_depths(
+            recipe.student.depths,
+            len(student.blocks),
+            what="student.depths",
+            num_modules=len(self.teacher_depths),
+        )
+        self.teacher_dim = teacher.embed_dim
+        self.parameters = {
+            "teacher": sum(p.numel() for p in teacher.parameters()),
+            "student": sum(p.numel() for p in student.parameters()),
+        }
+        _check_tokens(teacher, student)
+        self._check_capacity(student)
+
+    @property
+    def num_modules(self) -> int:
+        """L."""
+        return len(self.teacher_depths)
+
+    def meta(self) -> VisionTransformer:
+        """The meta model, freshly initialised."""
+        self._seed("meta")
+        teacher = self.recipe.teacher
+        return create_meta(
+            teacher.model, teacher.model_args, num_modules=self.num_modules, **self._shape
+        )
+
+    def teacher(self, drop_path: float = 0.0) -> VisionTransformer:
+        """The teacher: with its given weights, or freshly initialised."""
+        self._seed("teacher")
+        teacher = self.recipe.teacher
+        if not teacher.is_given:
+            return self._fresh_teacher(drop_path)
+        return load_pretrained_vit(
+            teacher.model,
+            teacher.model_args,
+            checkpoint=teacher.checkpoint,
+            drop_path=drop_path,
+            **self._shape,
+        )
+
+    def distilled_student(self) -> VMoE:
+        """The student with stitches on both sides of every module boundary, as it is distilled."""
+        args = stitch_args(self.student_depths, self.teacher_dim, stitch=self.recipe.distill.stitch)
+        return self._student(args, self.recipe.distill.schedule.drop_path)
+
+    def student(self, assembly: Assembly | None = None) -> VMoE:
+        """The student as it is trained end to end, with the stitches that `assembly` leaves."""
+        return self._student(self.assembled_args(assembly), self.recipe.end_to_end.drop_path)
+
+    def assembled_args(self, assembly: Assembly | None) -> dict[str, Any]:
+        """`VMoE` arguments of the assembled student; none without an assembly."""
+        if assembly is None:
+            return {}
+        return stitch_args(
+            self.student_depths,
+            self.teacher_dim,
+            stitch=self.recipe.distill.stitch,
+            assembly=assembly,
+        )
+
+    def card(self, kind: str, assembly: Assembly | None = None) -> ModelCard:
+        """What rebuilds a network of this run: kind `meta`, `teacher` or `student`."""
+        section = self.recipe.student if kind == "student" else self.recipe.teacher
+        args = dict(section.model_args)
+        depths = {
+            "meta": [1] * self.num_modules,
+            "teacher": self.teacher_depths,
+            "student": self.student_depths,
+        }[kind]
+        if kind == "meta":
+            args["depth"] = self.num_modules
+        if kind == "student":
+            args |= self.assembled_args(assembly)
+        return ModelCard(
+            model=section.model,
+            model_args=args,
+            depths=depths,
+            class_names=self._data.class_names,
+            preprocessing=self._data.preprocessing,
+            recipe=digest(self.recipe.model_dump(mode="json")),
+            versions=versions(),
+            **self._shape,
+        )
+
+    def _student(self, extra: dict[str, Any], drop_path: float) -> VMoE:
+        self._seed("student")
+        return self._create_student(extra, drop_path)
+
+    def _create_student(self, extra: dict[str, Any], drop_path: float = 0.0) -> VMoE:
+        section = self.recipe.student
+        student = create_vit(
+            section.model, {**section.model_args, **extra}, drop_path=drop_path, **self._shape
+        )
+        if not isinstance(student, VMoE):
+            raise ConfigError(
+                f"student.model {section.model} is not modular; take one of "
+                f"{', '.join(timm.list_models('vmoe_*'))}"
+            )
+        return student
+
+    def _fresh_teacher(self, drop_path: float = 0.0) -> VisionTransformer:
+        teacher = self.recipe.teacher
+        return create_vit(teacher.model, teacher.model_args, drop_path=drop_path, **self._shape)
+
+    def _seed(self, kind: str) -> None:
+        seed_everything(self.recipe.seed, "weights", kind)
+
+    def _check_capacity(self, student: VMoE) -> None:
+        """Lets a capacity that rounds to zero fail now, not hours later."""
+        tokens = student.patch_embed.num_patches + student.num_prefix_tokens
+        for layer in student.modules():
+            if isinstance(layer, MoEMlp):
+                layer.train().capacity(self.recipe.data.batch_size * tokens)
+                layer.eval().capacity(tokens)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what determines a result."""
+    return {
+        "m2mkd": m2mkd.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _check_tokens(teacher: VisionTransformer, student: VisionTransformer) -> None:
+    def tokens(vit: VisionTransformer) -> tuple[int, int]:
+        return vit.patch_embed.num_patches, vit.num_prefix_tokens
+
+    if tokens(teacher) != tokens(student):
+        raise ConfigError(
+            "teacher and student modules exchange tokens, but the teacher has "
+            "{}+{} (patches + prefix tokens) and the student {}+{}; give both the same patch_size "
+            "and class_token".format(*tokens(teacher), *tokens(student))
+        )

@@ -1,0 +1,152 @@
+"""The evaluate stage: what a run reached, in `summary.json`, `curves.png` and sample images."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from m2mkd.distill import run_hybrid
+from m2mkd.errors import CheckpointError
+from m2mkd.models import split_vit
+from m2mkd.models.checkpoint import write_failure, write_text
+from m2mkd.train.evaluate import evaluate_model
+
+if TYPE_CHECKING:
+    from m2mkd.train.run import Run
+
+_SAMPLES = 10  # held-out images written for `m2mkd predict`
+
+
+def summarise(run: "Run") -> dict[str, Any]:
+    """Grades every network of a complete run on the held-out images and writes the results.
+
+    Returns:
+        What `summary.json` holds: top-1 accuracies in per cent (`hybrids` are the meta model with
+        one module of the teacher or the student in it), and the gains over the baselines.
+    """
+    accuracy: dict[str, Any] = {
+        "meta": _top1(run, "meta"),
+        "teacher": _top1(run, "teacher"),
+        "teacher_hybrids": _hybrids(run, list(_teacher_modules(run))),
+        "student_hybrids": _hybrids(run, run.pair_modules()),
+        "assembled": json.loads((run.out / "end_to_end" / "assembly.json").read_text())["accuracy"][
+            "top1"
+        ],
+        "m2mkd": _top1(run, "end_to_end"),
+    }
+    for name in run.recipe.baselines:
+        accuracy[name] = _top1(run, f"baselines/{name}")
+    schedule = run.recipe.distill.schedule
+    summary = {
+        "recipe": run.recipe.name,
+        "seed": run.recipe.seed,
+        "validation_images": len(run.data.validation),
+        "unreadable_images": run.data.bad_images,
+        "epochs": {"distill": schedule.epochs, "end_to_end": run.recipe.end_to_end.epochs},
+        "parameters": run.networks.parameters,
+        "assembly": run.recipe.distill.assembly,
+        "accuracy": accuracy,
+        "gain": {
+            name: round(accuracy["m2mkd"] - accuracy[name], 3) for name in run.recipe.baselines
+        },
+        "seconds": {name: _seconds(run, name) for name in run.plan},
+    }
+    write_text(run.out / "summary.json", json.dumps(summary, indent=1))
+    _write_samples(run)
+    _plot_curves(run)
+    return summary
+
+
+def _top1(run: "Run", name: str) -> float:
+    return round(float(run.evaluate(run.load(name)).top1), 3)
+
+
+def _teacher_modules(run: "Run") -> nn.ModuleList:
+    return split_vit(run.load("teacher"), run.networks.teacher_depths)
+
+
+def _hybrids(run: "Run", modules: list[nn.Module]) -> list[float]:
+    meta = list(split_vit(run.load("meta"), [1] * run.networks.num_modules))
+    results = []
+    for i, module in enumerate(modules):
+        hybrid = _Hybrid(meta, i, module)
+        evaluation = evaluate_model(hybrid, run.data.validation_batches(), run.device)
+        results.append(round(evaluation.top1, 3))
+    return results
+
+
+class _Hybrid(nn.Module):
+    def __init__(self, meta: list[nn.Module], index: int, module: nn.Module) -> None:
+        super().__init__()
+        self.meta = nn.ModuleList(meta)
+        self.index = index
+        self.module = module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return run_hybrid(list(self.meta), self.index, self.module, images)
+
+
+def _seconds(run: "Run", name: str) -> float:
+    """Training time of a stage over all sittings."""
+    folder = run.out / name
+    parts = [folder / "joint"] if (folder / "joint").is_dir() else sorted(folder.glob("pair-*"))
+    total = 0.0
+    for part in parts or [folder]:
+        try:
+            total += float(json.loads((part / "DONE").read_text()).get("seconds", 0.0))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {part / 'DONE'}: {error}") from None
+    return round(total, 1)
+
+
+def _write_samples(run: "Run") -> None:
+    """Held-out images as files named `INDEX_CLASS.png`, to try `m2mkd predict` on."""
+    folder = run.out / "samples"
+    try:
+        folder.mkdir(exist_ok=True)
+        for index, class_name, image in run.data.sample_images(_SAMPLES):
+            safe = "".join(c if c.isalnum() else "-" for c in class_name)
+            image.save(folder / f"{index:05d}_{safe}.png")
+    except OSError as error:
+        raise write_failure(folder, error) from error
+
+
+def _plot_curves(run: "Run") -> None:
+    """Validation accuracy by epoch of everything trained end to end, and the pairs' losses."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, losses = figure.subplots(1, 2)
+    for name, plan in run.plan.items():
+        lines = _metrics(run, name)
+        points = [(x["epoch"] + 1, x["validation"]["top1"]) for x in lines if "validation" in x]
+        if points and plan.stage in ("end_to_end", "baselines"):
+            epochs, values = zip(*points, strict=True)
+            label = "m2mKD" if name == "end_to_end" else name.removeprefix("baselines/")
+            accuracy.plot(epochs, values, marker=".", label=label)
+    teacher = _top1(run, "teacher")
+    accuracy.axhline(teacher, color="grey", linestyle="--", label="teacher")
+    accuracy.set(xlabel="end-to-end epoch", ylabel="top-1 accuracy, %", title="Student")
+    accuracy.legend()
+    for i in range(run.networks.num_modules):
+        key = f"pair-{i:02d}/loss"
+        points = [(x["step"], x[key]) for x in _metrics(run, f"distill/pair-{i:02d}") if key in x]
+        points = points or [(x["step"], x[key]) for x in _metrics(run, "distill/joint") if key in x]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=f"pair {i}", linewidth=1)
+    losses.set(xlabel="step", ylabel="loss", title="m2mKD pairs")
+    losses.legend()
+    try:
+        figure.savefig(run.out / "curves.png", dpi=120)
+    except OSError as error:
+        raise write_failure(run.out / "curves.png", error) from error
+
+
+def _metrics(run: "Run", name: str) -> list[dict[str, Any]]:
+    path = run.out / name / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
