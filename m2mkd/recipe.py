@@ -7,6 +7,7 @@ and impossible combinations raise `ConfigError` with one line per mistake.
 
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -205,7 +206,7 @@ def builtin_recipes() -> dict[str, str]:
     """Returns the text of every built-in recipe by name."""
     folder = resources.files("m2mkd") / "recipes"
     return {
-        entry.name.removesuffix(".yaml"): entry.read_text()
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
         if entry.name.endswith(".yaml")
     }
@@ -251,7 +252,7 @@ def _recipe_text(name_or_path: str) -> str:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         try:
-            return path.read_text()
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read recipe {path}: {error}") from None
     raise ConfigError(
@@ -263,7 +264,7 @@ def _recipe_text(name_or_path: str) -> str:
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -282,7 +283,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _describe(item: Any) -> str:
     """One pydantic error as `where: what`, with a suggestion for a misspelt key."""
-    path = [part for part in item["loc"] if part != "list[constrained-int]"]
+    # pydantic puts the member of a union that it tried into the path.
+    path = [part for part in item["loc"] if not str(part).startswith(("list[", "literal["))]
     where = ".".join(str(part) for part in path) or "recipe"
     if item["type"] == "extra_forbidden":
         return f"unknown key '{where}'{did_you_mean(str(path[-1]), _known_keys(path[:-1]))}"
@@ -294,7 +296,7 @@ def _describe(item: Any) -> str:
     expected = item.get("ctx", {}).get("expected")
     hint = ""
     if expected and isinstance(item["input"], str):
-        hint = did_you_mean(item["input"], [word.strip(" '") for word in expected.split(",")])
+        hint = did_you_mean(item["input"], re.findall(r"'([^']*)'", expected))
     return f"{where}={item['input']!r}: {message[:1].lower()}{message[1:]}{hint}"
 
 
