@@ -1,0 +1,39 @@
+"""Where a network to export or evaluate comes from: the run around a folder, and its recipe."""
+
+from pathlib import Path
+from typing import Any
+
+from m2mkd.errors import ConfigError
+from m2mkd.recipe import DataConfig, load_recipe
+
+_RECIPE = "recipe.yaml"
+_MAX_DEPTH = 3  # a step folder in a baseline's folder in a run
+
+
+def run_folder(source: Path) -> Path | None:
+    """Returns the run that a run, stage or step folder belongs to, or None."""
+    folders = [source, *source.absolute().parents[:_MAX_DEPTH]]
+    return next((folder for folder in folders if (folder / _RECIPE).is_file()), None)
+
+
+def run_data(run: Path) -> DataConfig:
+    """Returns the data section of a run's recipe.
+
+    Raises:
+        ConfigError: The recipe cannot be read.
+    """
+    return load_recipe(str(run / _RECIPE)).data
+
+
+def with_root(data: DataConfig, root: Path | None) -> DataConfig:
+    """Returns the data section for the same data set in another folder; None changes nothing.
+
+    Raises:
+        ConfigError: The data set is not in a folder.
+    """
+    if root is None:
+        return data
+    if data.root is None:
+        raise ConfigError(f"data set {data.dataset} comes with m2mkd; leave out --root")
+    values: dict[str, Any] = {**data.model_dump(), "root": root}
+    return DataConfig.model_validate(values)
