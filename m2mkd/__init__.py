@@ -1,3 +1,3 @@
-"""m2mkd: module-to-module knowledge distillation for modular vision transformers (arXiv 2402.16918)."""
+"""Module-to-module knowledge distillation (m2mKD, arXiv 2402.16918) for vision transformers."""
 
 __version__ = "0.1.0"

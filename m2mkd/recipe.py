@@ -22,14 +22,19 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+Range = tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]]
 
 
 class Augmentation(_Section):
     """Training augmentation, in timm's terms (`timm.data.create_transform`, `timm.data.Mixup`)."""
 
-    crop_scale: tuple[float, float] = Field((1.0, 1.0), description="area range of the random crop")
-    crop_ratio: tuple[float, float] = Field((1.0, 1.0), description="aspect range of the crop")
+    crop_scale: Range = Field((1.0, 1.0), description="area range of the random crop")
+    crop_ratio: Range = Field((1.0, 1.0), description="aspect range of the crop")
     hflip: Fraction = Field(0.0, description="probability of a horizontal flip")
     color_jitter: float = Field(0.0, ge=0.0, description="strength of colour jitter")
     auto_augment: str | None = Field(None, description="timm policy, such as rand-m9-mstd0.5-inc1")
@@ -37,6 +42,16 @@ class Augmentation(_Section):
     mixup: float = Field(0.0, ge=0.0, description="mixup alpha")
     cutmix: float = Field(0.0, ge=0.0, description="cutmix alpha")
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="smoothing of the targets")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Augmentation":
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(
+                    f"{name} [{low}, {high}] runs backwards; put the smaller one first"
+                )
+        return self
 
     @property
     def mixes_images(self) -> bool:
@@ -55,7 +70,9 @@ class DataConfig(_Section):
     image_size: Positive = Field(224, description="height and width fed to the models, in pixels")
     channels: Literal[1, 3] = Field(3, description="1 for greyscale, 3 for RGB")
     mean: tuple[float, ...] | None = Field(None, description="per channel; default 0.5")
-    std: tuple[float, ...] | None = Field(None, description="per channel; default 0.5")
+    std: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
+        None, description="per channel; default 0.5"
+    )
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     crop_pct: float = Field(1.0, gt=0.0, le=1.0, description="centre crop at evaluation")
     batch_size: Positive = Field(64, description="images per optimiser step")
@@ -92,7 +109,7 @@ class Schedule(_Section):
     optimizer: str = Field("adamw", description="any name `timm.optim` knows")
     weight_decay: float = Field(0.05, ge=0.0)
     scheduler: str = Field("cosine", description="any name `timm.scheduler` knows")
-    warmup_epochs: float = Field(0.0, ge=0.0)
+    warmup_epochs: int = Field(0, ge=0)
     warmup_lr: float = Field(1e-6, ge=0.0)
     min_lr: float = Field(1e-5, ge=0.0)
     clip_grad: float | None = Field(None, gt=0.0, description="gradient norm limit, per module")

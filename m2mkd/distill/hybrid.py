@@ -6,11 +6,14 @@ batch, T tokens, D width, C classes, L modules.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from m2mkd.errors import ConfigError, ShapeError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -97,7 +100,7 @@ def run_pairs(
     return outputs
 
 
-def freeze(modules: nn.Module) -> nn.Module:
+def freeze(modules: M) -> M:
     """Puts a module in eval mode and stops gradients to its parameters; returns it."""
     return modules.eval().requires_grad_(False)
 

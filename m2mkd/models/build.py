@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import adapt_input_conv, load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
 from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers the students)
 from m2mkd.models.stages import balanced_depths, check_depths
 
 DEFAULT_MODULES = 4
+_FAMILIES = "timm's VisionTransformer family (vit_*, deit_*, deit3_*, vmoe_*)"
 
 
 def create_vit(
@@ -54,13 +55,15 @@ def create_vit(
         known = timm.list_models("vit_*") + timm.list_models("deit*") + timm.list_models("vmoe_*")
         raise ConfigError(f"timm has no model '{name}'{did_you_mean(name, known)}")
     try:
-        model = timm.create_model(name, **args)
+        model: VisionTransformer = timm.create_model(name, **args)
     except (TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
-        raise ConfigError(f"model {name} cannot be built with {model_args}: {error}") from None
+        raise ConfigError(
+            f"model {name} cannot be built with {model_args}: {error}; it must be one of "
+            f"{_FAMILIES}"
+        ) from None
     if not isinstance(model, VisionTransformer):
         raise ConfigError(
-            f"model {name} is a {type(model).__name__}; modules can be cut from timm's "
-            "VisionTransformer family only (vit_*, deit_*, deit3_*, vmoe_*)"
+            f"model {name} is a {type(model).__name__}; modules are cut from {_FAMILIES}"
         )
     return model
 
@@ -77,8 +80,8 @@ def load_pretrained_vit(
 ) -> VisionTransformer:
     """Creates a ViT with published weights, from the hub or a local file.
 
-    timm adapts what differs: positions are resampled to the image size, the patch embedding to
-    the channels, and a head for another number of classes starts afresh.
+    What differs is adapted as timm does: positions are resampled to the image size, the patch
+    embedding to the channels, and a head for another number of classes starts afresh.
 
     Args:
         checkpoint: A .safetensors or .pth file; None takes the weights from the hub.
@@ -86,46 +89,60 @@ def load_pretrained_vit(
     Raises:
         CheckpointError: The file is missing, corrupt or of another model; the hub gives nothing.
     """
-    extra: dict[str, Any] = {"pretrained": True}
+    shape: dict[str, Any] = {
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "channels": channels,
+        "drop_path": drop_path,
+    }
     if checkpoint is not None:
-        if not checkpoint.is_file():
-            raise CheckpointError(f"teacher.checkpoint {checkpoint} does not exist")
-        extra["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
-        if _head_size(checkpoint) == num_classes:
-            # The registered class count is the publisher's; this file's head already fits.
-            extra["pretrained_cfg_overlay"]["num_classes"] = num_classes
-    source = checkpoint or "the hub"
+        model = create_vit(name, model_args, **shape)
+        _load_file(model, checkpoint)
+        return model
     try:
-        return create_vit(
-            name,
-            model_args,
-            num_classes=num_classes,
-            image_size=image_size,
-            channels=channels,
-            drop_path=drop_path,
-            **extra,
-        )
-    except ConfigError as error:
-        if "cannot be built" not in str(error):
-            raise
-        raise CheckpointError(f"weights of {name} from {source} do not fit: {error}") from None
-    except Exception as error:  # hub clients and unpicklers raise many unrelated types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot load weights of {name} from {source}: {reason}") from error
-
-
-def _head_size(checkpoint: Path) -> int | None:
-    """Number of classes of the head in a checkpoint file, or None when it cannot be told."""
-    from timm.models import load_state_dict
-
-    try:
-        bias: torch.Tensor | None = load_state_dict(str(checkpoint)).get("head.bias")
-    except Exception as error:  # unpicklers and safetensors raise many unrelated types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return create_vit(name, model_args, pretrained=True, **shape)
+    except ConfigError:
+        raise
+    except Exception as error:  # hub clients raise many unrelated types
         raise CheckpointError(
-            f"teacher.checkpoint {checkpoint} is not a readable checkpoint: {reason}"
+            f"cannot load weights of {name} from the hub: {_first_line(error)}; without network "
+            "access, name a local file in teacher.checkpoint"
         ) from error
-    return None if bias is None else bias.shape[0]
+
+
+def _load_file(model: VisionTransformer, path: Path) -> None:
+    """Loads a weights file; only a head for another number of classes may stay untouched."""
+    if not path.is_file():
+        raise CheckpointError(f"teacher.checkpoint {path} does not exist")
+    try:
+        weights = load_state_dict(str(path))
+        weights = checkpoint_filter_fn(weights, model)
+        stem = "patch_embed.proj.weight"
+        weights[stem] = adapt_input_conv(model.in_chans, weights[stem])
+    except Exception as error:  # unpicklers and safetensors raise many unrelated types
+        reason = _first_line(error)
+        raise CheckpointError(
+            f"teacher.checkpoint {path} is not a readable ViT checkpoint: {reason}"
+        ) from error
+    head = {name for name in weights if name.startswith("head.")}
+    own = model.state_dict()
+    if any(name not in own or own[name].shape != weights[name].shape for name in head):
+        weights = {name: w for name, w in weights.items() if name not in head}
+    try:
+        missing, unplaced = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"teacher.checkpoint {path} does not fit: {detail}") from None
+    problems = [f"no place for {name}" for name in unplaced]
+    problems += [f"{name} is missing" for name in missing if not name.startswith("head.")]
+    if problems:
+        raise CheckpointError(
+            f"teacher.checkpoint {path} does not fit teacher.model: {'; '.join(problems[:5])}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def create_meta(

@@ -81,7 +81,8 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where networks are trained and evaluated."""
-        return self.context.accelerator.device
+        device: torch.device = self.context.accelerator.device
+        return device
 
     def prepare_folder(self) -> None:
         """Writes the resolved recipe; earlier stages of other settings are set aside, not lost."""
@@ -200,7 +201,8 @@ class Run:
         return list(stages.to(self.device).eval())
 
     def _incubate(self) -> None:
-        teacher = self.networks.teacher(self.plan["incubation"].schedule.drop_path)
+        schedule = self.plan["incubation"].schedule
+        teacher = self.networks.teacher(schedule.drop_path if schedule else 0.0)
         stages = split_vit(teacher, self.networks.teacher_depths)
         task = PairsTask(self._meta_stages(), dict(enumerate(stages)), {})
         self._fit("incubation", task, self.out / "incubation")

@@ -1,0 +1,141 @@
+"""Cutting ViTs into modules, and creating networks by name."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from m2mkd.errors import CheckpointError, ConfigError
+from m2mkd.models import (
+    balanced_depths,
+    create_meta,
+    create_vit,
+    load_pretrained_vit,
+    resolve_depths,
+    split_vit,
+)
+
+SHAPE = {"num_classes": 5, "image_size": 16, "channels": 3}
+SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+FAMILIES = {
+    "class token": ("vit_tiny_patch16_224", SMALL),
+    "average pool": ("vit_tiny_patch16_224", {**SMALL, "class_token": False, "global_pool": "avg"}),
+    "registers": ("vit_tiny_patch16_224", {**SMALL, "reg_tokens": 3, "no_embed_class": True}),
+    "layer scale": ("deit3_small_patch16_224", SMALL),
+    "pre-norm": ("vit_tiny_patch16_224", {**SMALL, "pre_norm": True}),
+    "attention pool": (
+        "vit_tiny_patch16_224",
+        {**SMALL, "class_token": False, "global_pool": "map"},
+    ),
+    "experts": ("vmoe_tiny_patch16_224", {**SMALL, "moe_blocks": "last_1"}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depths", [[4], [1, 3], [1, 1, 1, 1]])
+def test_stages_in_a_row_are_the_network(family: str, depths: list[int]) -> None:
+    vit = create_vit(FAMILIES[family][0], FAMILIES[family][1], **SHAPE).eval()
+    images = torch.randn(2, 3, 16, 16)
+    x = images
+    stages = split_vit(vit, depths)
+    for stage in stages:
+        x = stage(x)
+    torch.testing.assert_close(x, vit(images))
+    owned = [p for stage in stages for p in stage.parameters()]
+    assert {id(p) for p in owned} == {id(p) for p in vit.parameters()}
+    assert len(owned) == len(list(vit.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("depths", "message"),
+    [
+        ([2, 3], "sums to 5, but the model has 4 blocks; [2, 2] would fit"),
+        ([1, 1, 1, 1, 1], "asks for 5 modules of a model with 4 blocks"),
+        ([], "sums to 0"),
+        ([0, 4], "would fit"),
+    ],
+)
+def test_depths_that_do_not_fit_say_what_would(depths: list[int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_vit(create_vit("vit_tiny_patch16_224", SMALL, **SHAPE), depths)
+    assert message in str(caught.value)
+
+
+def test_balanced_depths_give_the_remainder_to_early_modules() -> None:
+    assert balanced_depths(7, 3) == [3, 2, 2]
+    with pytest.raises(ConfigError, match="8 modules need"):
+        balanced_depths(7, 8)
+
+
+def test_module_counts_of_teacher_and_student_must_agree() -> None:
+    with pytest.raises(ConfigError, match="has 2 modules, but the teacher is cut into 4"):
+        resolve_depths([2, 2], 4, what="student.depths", num_modules=4)
+
+
+def test_meta_model_has_one_block_per_module_and_the_teachers_width() -> None:
+    meta = create_meta("vit_tiny_patch16_224", SMALL, num_modules=3, **SHAPE)
+    assert len(meta.blocks) == 3 and meta.embed_dim == SMALL["embed_dim"]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("vit_tinny_patch16_224", {}, "did you mean 'vit_tiny_patch16_224'"),
+        ("resnet18", {}, "it must be one of timm"),
+        ("vit_tiny_patch16_224", {"widht": 3}, "cannot be built"),
+        ("vmoe_tiny_patch16_224", {"moe_blocks": "last_9"}, "none of: all, every_2"),
+        ("vmoe_tiny_patch16_224", {"moe_blocks": [12]}, "blocks go from 0 to 11"),
+        ("vmoe_tiny_patch16_224", {"num_selected": 9}, "not between 1 and num_experts=8"),
+        ("vmoe_tiny_patch16_224", {"load_weight": 1.0}, "needs router_noise"),
+        ("vmoe_tiny_patch16_224", {"act_layer": "swish"}, "experts have no activation|gelu"),
+    ],
+)
+def test_models_that_cannot_be_built_say_why(name: str, args: dict, message: str) -> None:
+    if args.get("act_layer") == "swish":
+        args = {"act_layer": "hard_swish"}
+    with pytest.raises(ConfigError, match=message):
+        create_vit(name, args, num_classes=5, image_size=32, channels=3)
+
+
+def test_every_registered_vmoe_is_found_by_timm() -> None:
+    names = timm.list_models("vmoe_*")
+    assert "vmoe_base_patch16_224" in names and len(names) >= 7
+    with torch.device("meta"):
+        base = timm.create_model("vmoe_base_patch16_224")
+    assert sum(p.numel() for p in base.parameters()) == pytest.approx(483e6, rel=0.01)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_teacher_weights_come_from_a_local_file(tmp_path, suffix: str) -> None:
+    source = create_vit("vit_tiny_patch16_224", SMALL, **SHAPE)
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pth":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    loaded = load_pretrained_vit("vit_tiny_patch16_224", SMALL, checkpoint=path, **SHAPE)
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+    other = {**SHAPE, "num_classes": 3, "image_size": 32, "channels": 1}
+    adapted = load_pretrained_vit("vit_tiny_patch16_224", SMALL, checkpoint=path, **other)
+    assert adapted.head.weight.shape[0] == 3 and adapted.pos_embed.shape[1] == 65
+    assert torch.equal(adapted.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
+
+
+def test_teacher_files_that_are_no_weights_are_named(tmp_path) -> None:
+    load = lambda path: load_pretrained_vit(  # noqa: E731
+        "vit_tiny_patch16_224", SMALL, checkpoint=path, **SHAPE
+    )
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(tmp_path / "no.safetensors")
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"not a checkpoint at all")
+    with pytest.raises(
+        CheckpointError, match=r"garbage\.safetensors is not a readable ViT checkpoint"
+    ):
+        load(garbage)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"some.weight": torch.zeros(3)}, foreign)
+    with pytest.raises(CheckpointError, match=r"foreign\.safetensors is not a readable ViT"):
+        load(foreign)

@@ -1,0 +1,102 @@
+"""The MoE layer: what it computes, its capacity and its auxiliary losses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from m2mkd.errors import ConfigError
+from m2mkd.nn import MoEMlp, auxiliary_loss
+
+
+def layer(**options: object) -> MoEMlp:
+    moe = MoEMlp(8, 12, **{"num_experts": 4, **options})
+    torch.nn.init.normal_(moe.router.weight)
+    return moe
+
+
+@pytest.mark.parametrize("gate", ["softmax_selected", "softmax_all", "softmax_all_renorm"])
+@pytest.mark.parametrize("num_selected", [1, 2, 4])
+def test_output_is_the_weighted_sum_of_the_chosen_experts(gate: str, num_selected: int) -> None:
+    moe = layer(gate=gate, num_selected=num_selected).double().eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = torch.zeros(10, 8, dtype=torch.float64)
+    for t, token in enumerate(x.reshape(-1, 8)):
+        logits = moe.router(token)
+        chosen = logits.topk(num_selected).indices
+        weights = logits.softmax(0)[chosen]
+        if gate != "softmax_all":
+            weights = weights / weights.sum()
+        for weight, e in zip(weights, chosen, strict=True):
+            hidden = F.gelu(moe.fc1_weight[e] @ token + moe.fc1_bias[e])
+            expected[t] += weight * (moe.fc2_weight[e] @ hidden + moe.fc2_bias[e])
+    torch.testing.assert_close(moe(x).reshape(10, 8), expected)
+
+
+def test_capacity_drops_tokens_beyond_it() -> None:
+    moe = layer(num_selected=1, eval_capacity_factor=1.0).eval()
+    torch.nn.init.zeros_(moe.router.weight)
+    torch.nn.init.constant_(moe.router.bias, 0.0)
+    moe.router.bias.data[2] = 5.0  # every token wants expert 2, which takes 8 * 1 / 4 = 2 of them
+    out = moe(torch.randn(8, 8))
+    assert (out[:2] != 0).any(dim=1).all() and (out[2:] == 0).all()
+
+
+def test_priority_keeps_the_most_certain_tokens() -> None:
+    torch.manual_seed(1)
+    moe = layer(
+        num_selected=1, gate="softmax_all", eval_capacity_factor=0.5, prioritise=True
+    ).eval()
+    x = torch.randn(16, 8)
+    kept = (moe(x) != 0).any(dim=1)
+    scores, experts = moe.router(x).softmax(1).max(dim=1)
+    for e in experts.unique():
+        mine = (experts == e).nonzero().flatten()
+        best = mine[scores[mine].argsort(descending=True)[:2]]
+        assert set(kept.nonzero().flatten().tolist()) & set(mine.tolist()) == set(best.tolist())
+
+
+def test_a_capacity_that_rounds_to_zero_names_its_numbers() -> None:
+    moe = MoEMlp(8, 12, num_experts=64, num_selected=1, eval_capacity_factor=1.0).eval()
+    with pytest.raises(ConfigError, match="capacity 0 from num_tokens=16, num_experts=64"):
+        moe(torch.randn(16, 8))
+
+
+def test_importance_loss_is_zero_for_even_routing() -> None:
+    moe = layer(importance_weight=1.0).train()
+    torch.nn.init.zeros_(moe.router.weight)
+    torch.nn.init.zeros_(moe.router.bias)
+    moe(torch.randn(6, 8))
+    assert auxiliary_loss(moe).item() == pytest.approx(0.0, abs=1e-9)
+    torch.nn.init.normal_(moe.router.weight)
+    moe(torch.randn(6, 8))
+    importance = None
+    x = torch.randn(6, 8)
+    moe(x)
+    importance = moe.router(x).softmax(1).sum(0)
+    expected = (importance.std(unbiased=False) / importance.mean()) ** 2
+    assert auxiliary_loss(moe).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_load_and_z_losses_reach_the_router() -> None:
+    moe = layer(load_weight=1.0, z_weight=0.1, router_noise=1.0).train()
+    moe(torch.randn(6, 8))
+    auxiliary_loss(moe).backward()
+    assert moe.router.weight.grad.abs().sum() > 0
+
+
+def test_noise_acts_in_training_only() -> None:
+    moe = layer(router_noise=5.0, num_selected=1)
+    x = torch.randn(32, 8)
+    moe.train()
+    assert not torch.equal(moe(x), moe(x))
+    moe.eval()
+    assert torch.equal(moe(x), moe(x))
+
+
+def test_half_precision_autocast_routes_in_float32() -> None:
+    moe = layer().eval()
+    x = torch.randn(64, 8)
+    expected = moe(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = moe(x)
+    torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
