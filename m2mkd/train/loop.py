@@ -162,7 +162,7 @@ class _Trainer:
         job.task.to(self.device)
         self.module: nn.Module = job.task.get_trainable_module()  # type: ignore[assignment]
         self.optimizer = context.accelerator.prepare(_make_optimizer(self.module, job))
-        self.scheduler = _make_scheduler(self.optimizer, job.schedule, self.steps_per_epoch)
+        self.scheduler = _make_scheduler(self.optimizer, job, self.steps_per_epoch)
         self.make_targets = _make_mixer(context.augment, context.data.num_classes)
         self.metrics = job.folder / "metrics.jsonl"
         self.latest: dict[str, Any] = {}
@@ -341,19 +341,21 @@ def _make_optimizer(module: nn.Module, job: Job) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _make_scheduler(optimizer: Any, schedule: Schedule, steps_per_epoch: int) -> Any:
-    scheduler, _ = create_scheduler_v2(
-        getattr(optimizer, "optimizer", optimizer),
-        sched=schedule.scheduler,
-        num_epochs=max(1, schedule.epochs),
-        min_lr=min(schedule.min_lr, schedule.lr),
-        warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=min(schedule.warmup_lr, schedule.lr),
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    if scheduler is None:
-        raise ConfigError(f"timm has no scheduler '{schedule.scheduler}'; cosine is the usual one")
+def _make_scheduler(optimizer: Any, job: Job, steps_per_epoch: int) -> Any:
+    schedule = job.schedule
+    try:
+        scheduler, _ = create_scheduler_v2(
+            getattr(optimizer, "optimizer", optimizer),
+            sched=schedule.scheduler,
+            num_epochs=max(1, schedule.epochs),
+            min_lr=min(schedule.min_lr, schedule.lr),
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=min(schedule.warmup_lr, schedule.lr),
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{job.setting}.scheduler={schedule.scheduler!r}: {error}") from None
     return scheduler
 
 

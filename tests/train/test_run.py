@@ -1,0 +1,326 @@
+"""Whole runs: stages, resuming after kills, changed settings, and the errors that stop a run."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import metrics, tiny_recipe
+
+from m2mkd.errors import CheckpointError, ConfigError, TrainingError
+from m2mkd.models import checkpoint as checkpoints
+from m2mkd.models.checkpoint import load_model
+from m2mkd.train import loop
+from m2mkd.train.progress import Reporter
+from m2mkd.train.run import Run, train
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing gets a chance to save."""
+
+
+class KillingReporter(Reporter):
+    """Kills the run in a given job after a given step."""
+
+    def __init__(self, job: str = "", step: int = 0) -> None:
+        super().__init__(quiet=True)
+        self.victim = (job, step)
+        self.job = ""
+        self.reported: list[tuple[str, int]] = []
+
+    def start(self, name: str, total: int, done: int = 0) -> None:
+        super().start(name, total, done)
+        self.job = name
+
+    def step(self, done: int, **numbers: float) -> None:
+        super().step(done, **numbers)
+        self.reported.append((self.job, done))
+        if (self.job, done) == self.victim:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed run and its summary."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    summary = train(tiny_recipe(), out, Reporter(quiet=True))
+    assert summary is not None
+    return out, summary
+
+
+def assert_same_run(ours: Path, reference: Path) -> None:
+    """The same losses in every stage, and bit for bit the same final student."""
+    assert metrics(ours) == metrics(reference)
+    for stage in ("distill/pair-00", "distill/pair-01", "end_to_end", "baselines/logit_kd"):
+        one, other = (
+            load_file(run / stage / (run / stage / "last").read_text() / "model.safetensors")
+            for run in (ours, reference)
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_what_the_design_names(reference: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = reference
+    for name in ("meta", "teacher", "incubation", "distill/pair-00", "distill/pair-01"):
+        assert (out / name / "DONE").is_file() and (out / name / "last").is_file()
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["name"] == "tiny"
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((out / "samples").glob("*.png"))) == 10
+    accuracy = summary["accuracy"]
+    assert set(summary["gain"]) == {"end_to_end_only", "equal_updates", "logit_kd"}
+    for name, gain in summary["gain"].items():
+        assert gain == pytest.approx(accuracy["m2mkd"] - accuracy[name], abs=1e-3)
+    report = json.loads((out / "end_to_end" / "assembly.json").read_text())
+    assert report["folded"] == [[0, 1]] and report["untouched"] == []
+    model, checkpoint = load_model(out)
+    assert checkpoint.card.class_names == [str(i) for i in range(10)]
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_complete_run_does_nothing_again(reference: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = reference
+    reporter = KillingReporter()
+    assert train(tiny_recipe(data__workers=0), out, reporter) == summary
+    assert reporter.reported == []
+
+
+# Steps: 5 an epoch, 10 a stage (20 for equal_updates). Moments: before the first checkpoint,
+# in mid-epoch, on an epoch's last step before it is saved, and on the last step of all.
+MOMENTS = [
+    ("meta", 1),
+    ("meta", 7),
+    ("incubation", 5),
+    ("teacher", 3),
+    ("distill/joint", 6),
+    ("distill/joint", 10),
+    ("end_to_end", 2),
+    ("end_to_end", 9),
+    ("baselines/end_to_end_only", 8),
+    ("baselines/equal_updates", 12),
+    ("baselines/logit_kd", 10),
+]
+
+
+def test_a_run_killed_in_every_stage_ends_like_an_undisturbed_one(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for moment in MOMENTS:
+        with pytest.raises(Killed):
+            train(tiny_recipe(), out, KillingReporter(*moment))
+    summary = train(tiny_recipe(), out, Reporter(quiet=True))
+    assert summary is not None and summary["accuracy"] == reference[1]["accuracy"]
+    assert_same_run(out, reference[0])
+
+
+def test_a_kill_while_a_checkpoint_is_written_loses_only_that_checkpoint(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    real = checkpoints._sha256
+    calls = itertools.count()
+
+    def dying(path: Path) -> str:
+        if path.parent.name.endswith(".tmp") and next(calls) == 6:
+            raise Killed
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "_sha256", dying)
+    with pytest.raises(Killed):
+        train(tiny_recipe(), out, Reporter(quiet=True))
+    assert list(out.rglob(".step_*.tmp"))
+    monkeypatch.undo()
+    train(tiny_recipe(), out, Reporter(quiet=True))
+    assert_same_run(out, reference[0])
+    assert not list(out.rglob(".step_*.tmp"))
+
+
+def test_one_pair_killed_and_resumed_alone_ends_like_an_undisturbed_pair(tmp_path: Path) -> None:
+    recipe = tiny_recipe(distill__mode="separate")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for out in (straight, killed):
+        for stage in ("meta", "teacher"):
+            assert train(recipe, out, Reporter(quiet=True), stage=stage) is None
+    train(recipe, straight, Reporter(quiet=True), stage="distill", pair=1)
+    for step in (2, 5, 8):
+        with pytest.raises(Killed):
+            reporter = KillingReporter("distill/pair-01", step)
+            train(recipe, killed, reporter, stage="distill", pair=1)
+    train(recipe, killed, Reporter(quiet=True), stage="distill", pair=1)
+    assert metrics(killed)["distill/pair-01"] == metrics(straight)["distill/pair-01"]
+    assert not (killed / "distill" / "pair-00").exists()
+
+
+def test_ctrl_c_saves_at_once_and_the_run_goes_on(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    class Pressing(KillingReporter):
+        def step(self, done: int, **numbers: float) -> None:
+            Reporter.step(self, done, **numbers)
+            if (self.job, done) == self.victim:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(loop.Interrupted, match="stopped in meta after step 3 of 10"):
+        train(tiny_recipe(), out, Pressing("meta", 3))
+    assert (out / "meta" / "last").read_text() == "step_000003"
+    train(tiny_recipe(), out, Reporter(quiet=True))
+    assert_same_run(out, reference[0])
+
+
+def test_sigkill_from_outside_at_arbitrary_times_changes_nothing(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text((reference[0] / "recipe.yaml").read_text())
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "m2mkd.cli", "train", str(recipe), "--out", str(out)]
+    for stage in ("incubation", "end_to_end"):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (out / stage / "metrics.jsonl").is_file():
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert_same_run(out, reference[0])
+
+
+def test_separate_pairs_end_within_rounding_of_joint_ones(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    # Without router noise and drop path, which draw other random numbers in a joint pass.
+    common = {"student__model_args__router_noise": 0.0, "data__augment__mixup": 0.0}
+    losses = {}
+    for mode in ("joint", "separate"):
+        recipe = tiny_recipe(distill__mode=mode, **common)
+        out = tmp_path / mode
+        for stage in ("meta", "teacher", "distill"):
+            train(recipe, out, Reporter(quiet=True), stage=stage)
+        runs = [load_model_weights(out / "distill" / f"pair-{i:02d}") for i in range(2)]
+        losses[mode] = {k: v for run in runs for k, v in run.items()}
+    assert losses["joint"].keys() == losses["separate"].keys()
+    for name, value in losses["joint"].items():
+        torch.testing.assert_close(value, losses["separate"][name], atol=2e-3, rtol=0)
+
+
+def load_model_weights(stage: Path) -> dict[str, torch.Tensor]:
+    return load_file(stage / (stage / "last").read_text() / "model.safetensors")
+
+
+def test_changed_settings_repeat_only_what_depends_on_them(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference[0], out)
+    reporter = KillingReporter()
+    train(tiny_recipe(end_to_end__lr=2e-3, baselines=["end_to_end_only"]), out, reporter)
+    assert {job for job, _ in reporter.reported} == {"end_to_end", "baselines/end_to_end_only"}
+    kept = {path.name for path in (out / "superseded").iterdir()}
+    assert kept == {"end_to_end-0", "baselines-end_to_end_only-0"}
+
+
+def test_a_loss_that_is_not_finite_names_stage_pair_and_step(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    out = tmp_path / "run"
+    for stage in ("meta", "teacher"):
+        train(recipe, out, Reporter(quiet=True), stage=stage)
+    run = Run(recipe, out, Reporter(quiet=True))
+    original = run.networks.distilled_student
+
+    def poisoned() -> Any:
+        student = original()
+        student.blocks[1].mlp.fc1_weight.data[0, 0, 0] = float("nan")
+        return student
+
+    run.networks.distilled_student = poisoned  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"loss is nan in stage distill/joint, pair-01, step 0"):
+        run.train_pairs()
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    schedule = {"epochs": 2, "lr": 1e25, "optimizer": "sgd", "warmup_epochs": 1, "warmup_lr": 1e-6}
+    recipe = tiny_recipe(meta=schedule)
+    with pytest.raises(TrainingError, match=r"lower meta\.lr \(now 1e\+25\)") as caught:
+        train(recipe, tmp_path / "run", Reporter(quiet=True))
+    assert "checkpoint" in str(caught.value)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    recipe = tiny_recipe(checkpoint_every=2)
+    with pytest.raises(Killed):
+        train(recipe, out, KillingReporter("meta", 7))
+    newest = out / "meta" / (out / "meta" / "last").read_text()
+    weights = newest / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    reporter = KillingReporter()
+    messages: list[str] = []
+    reporter.message = messages.append  # type: ignore[method-assign]
+    train(recipe, out, reporter)
+    assert any("is damaged" in m and "earlier step" in m for m in messages)
+    assert metrics(out) == metrics(reference[0])
+
+
+def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(tiny_recipe(), out, KillingReporter("meta", 7))
+    for path in out.rglob("model.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"no readable checkpoint in .*remove that folder"):
+        train(tiny_recipe(), out, Reporter(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher__depths": [2, 3]}, "teacher.depths .* sums to 5, but the model has 4 blocks"),
+        ({"teacher__depths": [1, 1, 1, 1, 1]}, "asks for 5 modules of a model with 4 blocks"),
+        ({"student__depths": [2]}, "has 1 modules, but the teacher is cut into 2"),
+        ({"student__model": "vit_tiny_patch16_224"}, "cannot be built|not modular"),
+        ({"student__model_args__patch_size": 2}, "same patch_size"),
+        ({"student__model_args__capacity_factor": 0.001}, "capacity 0 from num_tokens"),
+        ({"meta__optimizer": "adamwv"}, "meta.optimizer='adamwv'"),
+        ({"meta__scheduler": "cosin"}, "scheduler"),
+    ],
+)
+def test_impossible_recipes_stop_before_anything_is_trained(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    reporter = KillingReporter()
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe(**changes), tmp_path / "run", reporter)
+    assert reporter.reported == []
+
+
+def test_stages_out_of_order_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="stage distill needs meta, which is not complete"):
+        train(tiny_recipe(), tmp_path / "run", Reporter(quiet=True), stage="distill")
+
+
+def test_an_unfinished_run_is_not_loaded(tmp_path: Path) -> None:
+    train(tiny_recipe(), tmp_path / "run", Reporter(quiet=True), stage="meta")
+    with pytest.raises(CheckpointError, match=r"is not finished.*m2mkd train"):
+        load_model(tmp_path / "run")
+    model, _ = load_model(tmp_path / "run" / "meta")
+    assert len(model.blocks) == 2
