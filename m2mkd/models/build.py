@@ -55,7 +55,7 @@ def create_vit(
         known = timm.list_models("vit_*") + timm.list_models("deit*") + timm.list_models("vmoe_*")
         raise ConfigError(f"timm has no model '{name}'{did_you_mean(name, known)}")
     try:
-        model: VisionTransformer = timm.create_model(name, **args)
+        model = timm.create_model(name, **args)
     except (TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(
             f"model {name} cannot be built with {model_args}: {error}; it must be one of "

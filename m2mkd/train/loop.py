@@ -356,6 +356,8 @@ def _make_scheduler(optimizer: Any, job: Job, steps_per_epoch: int) -> Any:
         )
     except ValueError as error:
         raise ConfigError(f"{job.setting}.scheduler={schedule.scheduler!r}: {error}") from None
+    if scheduler is None:
+        raise ConfigError(f"{job.setting}.scheduler={schedule.scheduler!r}: use constant instead")
     return scheduler
 
 
