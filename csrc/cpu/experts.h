@@ -3,10 +3,6 @@
 
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -16,29 +12,6 @@
 #include "rows.h"
 
 namespace m2mkd::cpu {
-
-// Fresh memory of many megabytes costs more in 4 KiB page faults than in being written, so ask for
-// large pages. A hint: where it is refused nothing is lost but time.
-inline void advise_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
-inline Tensor large_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor tensor = new_empty(like, sizes, dtype);
-  advise_large_pages(tensor.mutable_data_ptr(),
-                     tensor.numel() * static_cast<int64_t>(tensor.element_size()));
-  return tensor;
-}
 
 // Calls f(expert, begin, end) for row blocks of at most `limit` rows, those of one expert of nearly
 // equal size, in order of rows.

@@ -66,7 +66,7 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, std::optional<Te
     check_shape(op, "bias", *bias, {a.experts, a.out});
     check_dtype(op, "bias", *bias, a.rows.scalar_type());
   }
-  Tensor result = large_empty(a.rows, {a.count, a.out}, a.rows.scalar_type());
+  Tensor result = new_empty(a.rows, {a.count, a.out}, a.rows.scalar_type());
   dispatch_float(op, a.rows.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* out = mutable_data<T>(result);
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_an
   check_dtype(op, "grad", grad_any, dtype);
   const Tensor grad = torch::stable::contiguous(grad_any);
   const int64_t experts = needs_weight ? a.experts : 0;
-  Tensor rows_grad = large_empty(a.rows, {needs_rows ? a.count : 0, a.in}, dtype);
+  Tensor rows_grad = new_empty(a.rows, {needs_rows ? a.count : 0, a.in}, dtype);
   Tensor weight_grad = new_zeros(a.rows, {experts, a.out, a.in}, dtype);
   Tensor bias_grad = new_zeros(a.rows, {experts, a.out}, dtype);
   dispatch_float(op, dtype, [&](auto tag) {

@@ -8,16 +8,19 @@
 #include "../plan.h"
 #include "experts.h"
 #include "gemm.h"
+#include "pool.h"
 #include "rows.h"
 
 namespace m2mkd::cpu {
 
 namespace {
 
-// Rows per block. Forward: what a core's caches hold; backward: large, because each further block
-// of an expert adds into its weight gradients once more.
-constexpr int64_t kForwardRows = 1024;
-constexpr int64_t kBackwardRows = 4096;
+// Rows per block: small enough to stay in cache from one step to the next, large enough for the
+// GEMMs. In half precision backward takes larger blocks, because each further block of an expert
+// rounds its weight gradients once more.
+constexpr int64_t kForwardRows = 512;
+template <typename T>
+constexpr int64_t kBackwardRows = sizeof(T) == 2 ? 4096 : 1024;
 
 // The arguments shared by forward and backward, made contiguous and checked.
 struct MlpArguments {
@@ -123,7 +126,7 @@ struct TokenSums {
   }
 
   static Tensor make(const MlpArguments& a, ScalarType dtype) {
-    return large_empty(a.x, {a.tokens, a.width}, dtype);
+    return new_empty(a.x, {a.tokens, a.width}, dtype);
   }
 
   compute_t<T>* data() const { return mutable_data<compute_t<T>>(sums); }
@@ -157,10 +160,10 @@ std::tuple<Tensor, Tensor> mlp_forward(const MlpArguments& a, bool save) {
   const int32_t* token = const_data<int32_t>(a.token_of);
   const auto weight = weight_of_rows<T>(a, choice_of_rows(a));
   const TokenSums<T> sums(a);
-  const Tensor saved = large_empty(a.x, {save ? a.rows : 0, a.hidden}, a.dtype);
-  const Tensor inputs = large_empty(a.x, {block, a.width}, a.dtype);
-  const Tensor actives = large_empty(a.x, {block, a.hidden}, a.dtype);
-  const Tensor outputs = large_empty(a.x, {block, a.width}, a.dtype);
+  const Tensor saved = pooled_empty(a.x, save ? a.rows : 0, a.hidden, a.dtype);
+  const Tensor inputs = pooled_empty(a.x, block, a.width, a.dtype);
+  const Tensor actives = pooled_empty(a.x, block, a.hidden, a.dtype);
+  const Tensor outputs = pooled_empty(a.x, block, a.width, a.dtype);
   T* input = mutable_data<T>(inputs);
   T* active = mutable_data<T>(actives);
   T* output = mutable_data<T>(outputs);
@@ -247,7 +250,7 @@ Tensor mlp_backward(const MlpArguments& a, const Tensor& grad, const Tensor& sav
                     const MlpGradients& want) {
   using A = compute_t<T>;
   const bool recompute = saved.size(0) == 0;
-  const int64_t block = largest_block(a.bounds, kBackwardRows);
+  const int64_t block = largest_block(a.bounds, kBackwardRows<T>);
   const int64_t size = a.hidden * a.width;
   const T* fc1 = const_data<T>(a.fc1_weight);
   const T* fc2 = const_data<T>(a.fc2_weight);
@@ -259,7 +262,7 @@ Tensor mlp_backward(const MlpArguments& a, const Tensor& grad, const Tensor& sav
     x_sums.emplace(a);
   }
   const auto buffer = [&](int64_t rows, int64_t cols) {
-    return large_empty(a.x, {rows, cols}, a.dtype);
+    return pooled_empty(a.x, rows, cols, a.dtype);
   };
   const Tensor upstreams = buffer(block, a.width);
   const Tensor hidden_grads = buffer(block, a.hidden);
@@ -273,7 +276,7 @@ Tensor mlp_backward(const MlpArguments& a, const Tensor& grad, const Tensor& sav
   T* weighted = mutable_data<T>(weighteds);
   std::vector<A> fc1_bias_sums(want.needs_fc1 ? a.experts * a.hidden : 0, A(0));
   std::vector<A> fc2_bias_sums(want.needs_fc2 ? a.experts * a.width : 0, A(0));
-  for_each_block(a.bounds, kBackwardRows, [&](int64_t e, int64_t begin, int64_t end) {
+  for_each_block(a.bounds, kBackwardRows<T>, [&](int64_t e, int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     const bool further = begin > a.bounds[e];
     const T* z = const_data<T>(recompute ? recomputeds : saved) + (recompute ? 0 : begin * a.hidden);
@@ -359,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const auto parts = [&](bool needed, const std::vector<int64_t>& sizes) {
     std::vector<int64_t> found = sizes;
     found[0] = needed ? found[0] : 0;
-    return large_empty(a.x, found, a.dtype);
+    return new_empty(a.x, found, a.dtype);
   };
   const MlpGradients want{needs_x,
                           needs_fc1,

@@ -14,12 +14,12 @@ M2MKD_INLINE void activate_rows(const T* z, const T* bias, T* out, int64_t rows,
     if (bias != nullptr) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        out[i] = static_cast<T>(Act::at(static_cast<A>(z[i]) + static_cast<A>(bias[i])).y);
+        out[i] = static_cast<T>(Act::value(static_cast<A>(z[i]) + static_cast<A>(bias[i])));
       }
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        out[i] = static_cast<T>(Act::at(static_cast<A>(z[i])).y);
+        out[i] = static_cast<T>(Act::value(static_cast<A>(z[i])));
       }
     }
   }

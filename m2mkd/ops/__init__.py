@@ -1,7 +1,7 @@
 """Tensors in, tensors out: the compute kernels and their plain PyTorch references."""
 
+from m2mkd.ops._checks import MoEPlan
 from m2mkd.ops.moe_dispatch import (
-    MoEPlan,
     grouped_linear,
     moe_combine,
     moe_gather,

@@ -334,7 +334,7 @@ def _mlp_fake(x: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _mlp_backward_fake(
     grad: Tensor, hidden: Tensor, x: Tensor, weights: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    fc1_weight, fc2_weight = rest[3], rest[5]
+    fc1_weight = rest[3]
     needs_x, needs_fc1, needs_fc2 = rest[8:]
     experts, hidden_width, width = fc1_weight.shape
     num_fc1, num_fc2 = (experts if needed else 0 for needed in (needs_fc1, needs_fc2))
