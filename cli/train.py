@@ -49,6 +49,7 @@ def train(
         raise click.UsageError("--stage and --from-stage exclude each other")
 
     from m2mkd.recipe import load_recipe
+    from m2mkd.train.loop import Interrupted
     from m2mkd.train.progress import Reporter
     from m2mkd.train.run import Run
     from m2mkd.train.run import train as run_recipe
@@ -59,15 +60,19 @@ def train(
         if dry_run:
             click.echo(_describe(Run(settings, out, reporter)))
             return
-        summary = run_recipe(
-            settings,
-            out,
-            reporter,
-            stage=stage,
-            from_stage=from_stage,
-            pair=pair,
-            fresh=not resume,
-        )
+        try:
+            summary = run_recipe(
+                settings,
+                out,
+                reporter,
+                stage=stage,
+                from_stage=from_stage,
+                pair=pair,
+                fresh=not resume,
+            )
+        except Interrupted as stopped:
+            reporter.message(f"{stopped}; the same command goes on from there")
+            raise
     if summary is not None:
         click.echo(json.dumps(summary, indent=1) if as_json else _table(summary, out))
 

@@ -73,7 +73,7 @@ class DataConfig(_Section):
     std: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
         None, description="per channel; default 0.5"
     )
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="of resizing")
     crop_pct: float = Field(1.0, gt=0.0, le=1.0, description="centre crop at evaluation")
     batch_size: Positive = Field(64, description="images per optimiser step")
     eval_batch_size: Positive = Field(250, description="images per evaluation step")
@@ -107,11 +107,11 @@ class Schedule(_Section):
     epochs: int = Field(ge=0, description="passes over the training images")
     lr: float = Field(gt=0.0, description="peak learning rate, not scaled by the batch size")
     optimizer: str = Field("adamw", description="any name `timm.optim` knows")
-    weight_decay: float = Field(0.05, ge=0.0)
+    weight_decay: float = Field(0.05, ge=0.0, description="not for biases, norms and positions")
     scheduler: str = Field("cosine", description="any name `timm.scheduler` knows")
-    warmup_epochs: int = Field(0, ge=0)
-    warmup_lr: float = Field(1e-6, ge=0.0)
-    min_lr: float = Field(1e-5, ge=0.0)
+    warmup_epochs: int = Field(0, ge=0, description="epochs of linear warm-up")
+    warmup_lr: float = Field(1e-6, ge=0.0, description="learning rate at the very start")
+    min_lr: float = Field(1e-5, ge=0.0, description="learning rate at the end")
     clip_grad: float | None = Field(None, gt=0.0, description="gradient norm limit, per module")
     drop_path: float = Field(0.0, ge=0.0, lt=1.0, description="stochastic depth of the trained net")
 
@@ -156,7 +156,7 @@ class TeacherConfig(_Section):
 class StudentConfig(_Section):
     """The modular student."""
 
-    model: str = Field(description="a model registered by m2mkd.models, such as vmoe_tiny_patch16")
+    model: str = Field(description="a model of m2mkd.models, such as vmoe_tiny_patch16_224")
     model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
     depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
 
@@ -164,11 +164,13 @@ class StudentConfig(_Section):
 class DistillConfig(_Section):
     """m2mKD: loss (arXiv 2402.16918), stitches, and how the trained modules are put together."""
 
-    schedule: Schedule
+    schedule: Schedule = Field(description="how the pairs are trained")
     mode: Literal["joint", "separate"] = Field("joint", description="all pairs in one pass, or not")
     alpha: Fraction = Field(0.5, description="weight of the KD term; labels weigh 1 - alpha")
-    temperature: float = Field(1.0, gt=0.0)
-    kd: Literal["soft", "hard"] = "soft"
+    temperature: float = Field(1.0, gt=0.0, description="softens both distributions")
+    kd: Literal["soft", "hard"] = Field(
+        "soft", description="the teacher hybrid's distribution, or its top class"
+    )
     kd_reduction: Literal["batchmean", "numel"] = Field(
         "batchmean", description="numel divides by batch x classes, as the published code does"
     )
@@ -192,8 +194,8 @@ class DistillConfig(_Section):
 class LogitKDConfig(_Section):
     """Settings of the logit-distillation baseline (the whole teacher teaches the whole student)."""
 
-    alpha: Fraction = 0.5
-    temperature: float = Field(1.0, gt=0.0)
+    alpha: Fraction = Field(0.5, description="weight of the KD term")
+    temperature: float = Field(1.0, gt=0.0, description="softens both distributions")
 
 
 Baseline = Literal["end_to_end_only", "equal_updates", "logit_kd"]
@@ -202,9 +204,9 @@ Baseline = Literal["end_to_end_only", "equal_updates", "logit_kd"]
 class Recipe(_Section):
     """A whole run: data, models, and the settings of every stage."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(0, ge=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="names the default run folder")
+    seed: int = Field(0, ge=0, description="of weights, data order, augmentation and noise")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of training")
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
     checkpoint_every: Positive | None = Field(
         None, description="optimiser steps between checkpoints; default: once an epoch"
@@ -216,7 +218,11 @@ class Recipe(_Section):
     distill: DistillConfig
     end_to_end: Schedule
     logit_kd: LogitKDConfig = LogitKDConfig()
-    baselines: list[Baseline] = Field(default_factory=list)
+    baselines: list[Baseline] = Field(
+        default_factory=list,
+        description="end_to_end_only: the student alone, same end-to-end schedule; equal_updates: "
+        "alone, for distill + end_to_end epochs; logit_kd: taught by the whole teacher's logits",
+    )
 
 
 def builtin_recipes() -> dict[str, str]:
