@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0.0, min_open=True),
-    show_default="2e-5, for fp16 3e-2",
+    show_default="1e-4, for fp16 3e-2",
     help="Accepted difference of logits from PyTorch's, as a fraction of the largest.",
 )
 @click.option("--no-verify", is_flag=True, help="Write the file unchecked.")

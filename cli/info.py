@@ -2,6 +2,7 @@
 
 import json
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,7 +22,7 @@ def info(as_json: bool) -> None:
 
     Example: m2mkd info --json
     """
-    facts = {"versions": _versions(), "devices": _devices()}
+    facts = {"versions": _versions(), "extension": _extension(), "devices": _devices()}
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -39,6 +40,26 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _extension() -> dict[str, str]:
+    import torch
+
+    with warnings.catch_warnings():
+        # The reason for missing kernels is among the facts.
+        warnings.simplefilter("ignore")
+        from m2mkd.ops._load import EXTENSION, build_info
+    facts = {
+        "cpu kernels": "loaded" if EXTENSION.cpu else "not loaded",
+        "cuda kernels": "loaded" if EXTENSION.cuda else "not loaded",
+    }
+    if EXTENSION.reason:
+        facts["reason"] = EXTENSION.reason
+    for key in ("CPU", "CUDA"):
+        registered = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        names = sorted(n.removeprefix("m2mkd::") for n in registered if n.startswith("m2mkd::"))
+        facts[f"{key.lower()} ops"] = ", ".join(names) or "none"
+    return {**facts, **build_info()}
 
 
 def _devices() -> dict[str, Any]:

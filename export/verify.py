@@ -21,17 +21,17 @@ from m2mkd.export.onnx_ops import moe_layers
 from m2mkd.export.session import Floats, run_session
 from m2mkd.nn import MoEMlp
 
-# Largest difference of logits, as a fraction of the largest logit. float32: 40 times what ViTs of
-# up to 12 layers show, and a tenth of what a wrong GELU causes. float16: ten times what rounding
-# of weights and activations to 11 bits shows.
-TOLERANCE = {"fp32": 2e-5, "fp16": 3e-2}
+# Largest difference of logits, as a fraction of the largest logit. Measured on untrained networks of
+# 2 and 12 blocks: rounding moves logits by 1e-6 to 3e-5 in float32 and by 1e-3 to 1e-2 in float16, a
+# GELU of the wrong form by 2e-4 to 4e-3.
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 # Router logits closer than this may change order in the given precision.
 TIE_MARGIN = {"fp32": 1e-4, "fp16": 2e-2}
 # Batches other than the traced one first; their sum is the least number of images.
 BATCH_SIZES = (1, 3, 8)
 MIN_IMAGES = sum(BATCH_SIZES)
 # How many images with a clear best class may be given another by the file.
-MAX_DISAGREEMENT = 0.05
+MAX_DISAGREEMENT = 0.1
 
 
 @dataclass
