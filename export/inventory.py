@@ -145,10 +145,11 @@ def _check_precision(graph: onnx_ir.Graph, layers: dict[str, MoEMlp], precision:
     routers = tuple(f"{name}.router" for name in layers)
     wrong = onnx_ir.DataType.FLOAT if precision == "fp16" else onnx_ir.DataType.FLOAT16
     for name, value in graph.initializers.items():
+        tensor = value.const_value
         # Scalars belong to the float32 routing, or are constants that weigh nothing.
-        is_weight = value.shape is not None and len(value.shape) > 1
-        if is_weight and value.dtype == wrong and not name.startswith(routers):
-            raise InventoryError(f"{name} is {value.dtype}, in a file of precision {precision}")
+        is_weight = tensor is not None and len(tensor.shape) > 1
+        if is_weight and tensor.dtype == wrong and not name.startswith(routers):
+            raise InventoryError(f"{name} is {tensor.dtype}, in a file of precision {precision}")
 
 
 def _in_precision(tensor: torch.Tensor, precision: str) -> torch.Tensor:
