@@ -179,7 +179,7 @@ class _Trainer:
                 self._epoch(epoch)
         finally:
             reporter.finish()
-        if self.step == 0 or not (self.job.folder / "last").is_file():
+        if self.total == 0:
             self._save()
 
     def _epoch(self, epoch: int) -> None:
@@ -307,6 +307,8 @@ class _Trainer:
             raise CheckpointError(
                 f"{checkpoint.path} belongs to other settings; use another --out or --fresh"
             )
+        # A kill may have come between the checkpoint and the pointer to it.
+        write_text(self.job.folder / "last", checkpoint.path.name)
         self.step = checkpoint.meta["step"]
         self.latest = checkpoint.meta["latest"]
         best = checkpoint.meta["best"]

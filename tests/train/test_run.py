@@ -148,6 +148,49 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that_checkpoint(
     assert not list(out.rglob(".step_*.tmp"))
 
 
+def test_a_kill_before_the_pointer_to_the_last_checkpoint_loses_nothing(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    real = checkpoints.write_text
+
+    def dying(path: Path, text: str) -> None:
+        if path.name == "last" and text == "step_000010" and path.parent.name == "end_to_end":
+            raise Killed
+        real(path, text)
+
+    monkeypatch.setattr(checkpoints, "write_text", dying)
+    with pytest.raises(Killed):
+        train(tiny_recipe(), out, Reporter(quiet=True))
+    assert (out / "end_to_end" / "last").read_text() == "step_000005"
+    monkeypatch.undo()
+    train(tiny_recipe(), out, Reporter(quiet=True))
+    assert_same_run(out, reference[0])
+
+
+def test_a_write_that_fails_is_one_error_and_the_run_goes_on_later(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    # A limit on file sizes fails like a full disk: in the middle of a write, in any file.
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text((reference[0] / "recipe.yaml").read_text())
+    out = tmp_path / "run"
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from m2mkd.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "train", str(recipe), "--out", str(out)]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1, failed.stderr
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and "cannot write" in errors[0] and "Traceback" not in failed.stderr
+    train(tiny_recipe(), out, Reporter(quiet=True))
+    assert_same_run(out, reference[0])
+
+
 def test_one_pair_killed_and_resumed_alone_ends_like_an_undisturbed_pair(tmp_path: Path) -> None:
     recipe = tiny_recipe(distill__mode="separate")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
