@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
 FOLDERS = {"m2mkd": "m2mkd", "m2mkd.export": "export", "m2mkd.cli": "cli"}
@@ -52,39 +52,41 @@ def check_compiler() -> str:
             f"no C++ compiler: {name!r} was not found; install g++ {MINIMUM_GCC} or newer, or set "
             "CXX, or set M2MKD_NO_EXTENSION=1 to install without the kernels"
         )
-    first = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    version = first.stdout.splitlines()[0] if first.stdout else name
-    probe = subprocess.run(
-        [*command, "-E", "-dM", "-x", "c++", os.devnull],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    macros = dict(
-        line.split(maxsplit=2)[1:] for line in probe.stdout.splitlines() if " __GNUC__ " in line
-    )
-    if "clang" not in version and int(macros.get("__GNUC__", MINIMUM_GCC)) < MINIMUM_GCC:
+    version = _output([*command, "--version"]).partition("\n")[0] or name
+    major = re.search(r"__GNUC__ (\d+)", _output([*command, "-E", "-dM", "-x", "c++", os.devnull]))
+    if "clang" not in version and major and int(major[1]) < MINIMUM_GCC:
         stop(f"{version} is too old; the kernels are C++20: set CXX to g++ {MINIMUM_GCC} or newer")
     return version
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def choose_jobs() -> None:
     """Sets MAX_JOBS from cores and free memory unless the user did, and says so."""
     if "MAX_JOBS" in os.environ:
         return
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     meminfo = Path("/proc/meminfo")
-    found = (
-        re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    )
-    by_memory = int(found[1]) // (GIB_PER_JOB << 20) if found else cores
-    jobs = max(1, min(cores, by_memory))
+    text = meminfo.read_text() if meminfo.exists() else ""
+    free = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    jobs = max(1, min(cores, int(free[1]) // (GIB_PER_JOB << 20) if free else cores))
     os.environ["MAX_JOBS"] = str(jobs)
-    print(
-        f"m2mkd: MAX_JOBS={jobs} ({cores} cores, {GIB_PER_JOB} GiB each); set MAX_JOBS to change it"
-    )
+    print(f"m2mkd: MAX_JOBS={jobs} for {cores} cores, {GIB_PER_JOB} GiB a job; set it to change it")
+
+
+def set_cuda_home() -> None:
+    """Points CUDA_HOME at a toolkit with headers: nvcc on the PATH may be a script elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if "CUDA_HOME" in os.environ or nvcc is None:
+        return
+    for home in (Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")):
+        if (home / "include" / "cuda_runtime.h").exists():
+            os.environ["CUDA_HOME"] = str(home)
+            return
 
 
 def nvcc_version(cuda_home: str | None) -> float | None:
@@ -123,6 +125,12 @@ def write_facts(folder: Path, facts: dict[str, str]) -> None:
         path.write_text(text)
 
 
+def package_version() -> str:
+    """The version in m2mkd/__init__.py, read without importing the package."""
+    text = (ROOT / "m2mkd" / "__init__.py").read_text()
+    return text.partition('__version__ = "')[2].partition('"')[0]
+
+
 def sources(*patterns: str) -> list[str]:
     """Sources under csrc/ that match, relative to the root, in a fixed order."""
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
@@ -133,6 +141,7 @@ def extensions() -> dict[str, Any]:
     if os.environ.get("M2MKD_NO_EXTENSION") == "1":
         print("m2mkd: M2MKD_NO_EXTENSION=1, so the kernels are not built")
         return {}
+    set_cuda_home()
     try:
         import pybind11
         import torch
@@ -146,7 +155,14 @@ def extensions() -> dict[str, Any]:
 
     major, minor = TARGET_TORCH
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
-    flags = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = [
+        "-O3",
+        "-fopenmp-simd",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-g0",
+    ]
     common = {"py_limited_api": True, "extra_link_args": ["-Wl,--as-needed"]}
     headers = sources("csrc/*.h", "csrc/**/*.h")
     modules = [
@@ -159,7 +175,7 @@ def extensions() -> dict[str, Any]:
         )
     ]
     facts = {
-        "version": re.search(r'__version__ = "(.*)"', (ROOT / "m2mkd/__init__.py").read_text())[1],  # type: ignore[index]
+        "version": package_version(),
         "compiler": compiler,
         "flags": " ".join([*flags, target]),
         "torch_built": torch.__version__,
@@ -187,13 +203,13 @@ def extensions() -> dict[str, Any]:
         )
     write_facts(ROOT / "build" / "facts", facts)
     modules.append(
-        cpp_extension.CppExtension(
+        Extension(
             "m2mkd._C",
             sources("csrc/python/*.cpp"),
             include_dirs=[pybind11.get_include(), str(ROOT / "build" / "facts")],
-            extra_compile_args=["-O2", "-fvisibility=hidden"],
+            extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", "-g0"],
             depends=["build/facts/build_facts.h"],
-            extra_link_args=["-Wl,--as-needed"],
+            language="c++",
         )
     )
 
