@@ -147,8 +147,9 @@ def _check_precision(graph: onnx_ir.Graph, layers: dict[str, MoEMlp], precision:
     for name, value in graph.initializers.items():
         tensor = value.const_value
         # Scalars belong to the float32 routing, or are constants that weigh nothing.
-        is_weight = tensor is not None and len(tensor.shape) > 1
-        if is_weight and tensor.dtype == wrong and not name.startswith(routers):
+        if tensor is None or len(tensor.shape) < 2 or name.startswith(routers):
+            continue
+        if tensor.dtype == wrong:
             raise InventoryError(f"{name} is {tensor.dtype}, in a file of precision {precision}")
 
 
