@@ -1,0 +1,68 @@
+"""`m2mkd recipes` and `m2mkd info`."""
+
+import json
+import platform
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from m2mkd.cli.main import main
+from m2mkd.recipe import Recipe, builtin_recipes
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "list"]])
+def test_every_recipe_is_listed_with_its_first_line(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines] == list(builtin_recipes())
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_the_list_is_available_as_json() -> None:
+    summaries = json.loads(run("recipes", "list", "--json").output)
+    assert list(summaries) == list(builtin_recipes())
+    for name, text in builtin_recipes().items():
+        assert summaries[name] and summaries[name] in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_shown_recipe_is_the_file_itself(name: str) -> None:
+    assert run("recipes", "show", name).output == builtin_recipes()[name]
+
+
+def test_an_unknown_recipe_is_answered_with_the_right_one() -> None:
+    result = run("recipes", "show", "quickstrat")
+    assert result.exit_code == 1
+    assert "unknown recipe 'quickstrat'; did you mean 'quickstart'?" in result.stderr
+
+
+def test_the_schema_is_that_of_recipes() -> None:
+    schema = json.loads(run("recipes", "schema").output)
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+
+
+def test_info_is_readable_and_machine_readable() -> None:
+    facts = json.loads(run("info", "--json").output)
+    assert facts["versions"]["python"] == platform.python_version()
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert facts["extension"]["cpu kernels"] in ("loaded", "not loaded")
+    assert "cpu" in facts["devices"]
+    text = run("info").output
+    for section in facts.values():
+        for name, value in section.items():
+            assert f"{name} " in text and str(value) in text
+
+
+def test_info_names_the_registered_kernels_or_why_there_are_none() -> None:
+    facts = json.loads(run("info", "--json").output)["extension"]
+    if facts["cpu kernels"] == "loaded":
+        assert "topk_gate" in facts["cpu ops"].split(", ")
+    else:
+        assert facts["cpu ops"] == "none" and facts["reason"]
