@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the compute kernels and their plain PyTorch references."""
 
 from m2mkd.ops._checks import MoEPlan
+from m2mkd.ops._load import ExtensionWarning, status
 from m2mkd.ops.moe_dispatch import (
     grouped_linear,
     moe_combine,
@@ -11,11 +12,13 @@ from m2mkd.ops.moe_dispatch import (
 )
 
 __all__ = [
+    "ExtensionWarning",
     "MoEPlan",
     "grouped_linear",
     "moe_combine",
     "moe_gather",
     "moe_mlp",
     "moe_plan",
+    "status",
     "topk_gate",
 ]

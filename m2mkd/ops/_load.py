@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,3 +128,22 @@ EXTENSION = _load()
 def has_kernels(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors on `device`."""
     return EXTENSION.cuda if device.type == "cuda" else EXTENSION.cpu and device.type != "mps"
+
+
+def status() -> dict[str, Any]:
+    """What is compiled and loaded; costs nothing worth mentioning.
+
+    Returns:
+        kernels: devices ("cpu", "cuda") by op name, for the ops that have compiled kernels;
+        build: facts from `m2mkd._C`, empty where it was not built for this Python;
+        reason: why something is not loaded and what to do, or an empty string.
+    """
+    found: dict[str, list[str]] = {}
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("m2mkd::"):
+            found[schema.name.removeprefix("m2mkd::")] = [
+                key.lower()
+                for key in ("CPU", "CUDA")
+                if torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)
+            ]
+    return {"kernels": found, "build": build_info(), "reason": EXTENSION.reason}
