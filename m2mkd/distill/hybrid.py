@@ -25,13 +25,15 @@ class HybridOutput:
         teacher_logits: [B, C] without gradient; None when there is no teacher.
         student_boundary: What the student module handed on: tokens [B, T, D], or logits [B, C] for
             the last module.
-        teacher_boundary: The same of the teacher module, without gradient.
+        meta_boundary: What the meta model has at the same place, [B, T, D] without gradient: the
+            input that the next student module is trained on. None when not asked for and for the
+            last module.
     """
 
     student_logits: Tensor
     teacher_logits: Tensor | None
     student_boundary: Tensor
-    teacher_boundary: Tensor | None
+    meta_boundary: Tensor | None
 
 
 def run_hybrid(meta: Sequence[nn.Module], index: int, module: nn.Module, images: Tensor) -> Tensor:
@@ -47,6 +49,8 @@ def run_pairs(
     students: Mapping[int, nn.Module],
     teachers: Mapping[int, nn.Module],
     images: Tensor,
+    *,
+    boundaries: bool = False,
 ) -> dict[int, HybridOutput]:
     """Runs the hybrids of several pairs in one pass over the meta model.
 
@@ -61,6 +65,7 @@ def run_pairs(
         teachers: Teacher modules by index: all of the students' indices, or empty for training on
             labels alone (Deep Incubation).
         images: [B, channels, H, W].
+        boundaries: Whether to return `meta_boundary`.
 
     Raises:
         ConfigError: An index the meta model does not have, or a teacher missing.
@@ -76,7 +81,8 @@ def run_pairs(
             student_flow = _advance(stage, student_flow)
         here = prefix
         with torch.no_grad():
-            needs_prefix = any(index > i for index in students)
+            reach = max(students) + int(boundaries)
+            needs_prefix = i < min(reach, len(meta) - 1)
             frozen = dict(teacher_flow)
             if needs_prefix and prefix is not None:
                 frozen[-1] = prefix
@@ -93,7 +99,9 @@ def run_pairs(
                 _check_boundary(i, student_out, teacher_out)
                 teacher_flow[i] = teacher_out
             student_flow[i] = student_out
-            outputs[i] = HybridOutput(student_out, teacher_out, student_out, teacher_out)
+            outputs[i] = HybridOutput(
+                student_out, teacher_out, student_out, prefix if boundaries else None
+            )
     for i, output in outputs.items():
         output.student_logits = student_flow[i]
         output.teacher_logits = teacher_flow.get(i)

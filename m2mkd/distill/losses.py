@@ -98,12 +98,19 @@ def distillation_loss(
     return (1.0 - settings.alpha) * base + settings.alpha * term
 
 
-def boundary_loss(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
-    """Mean squared difference of two modules' outputs, each layer-normalised over D.
+def boundary_loss(student_BTD: Tensor, meta_BTD: Tensor) -> Tensor:
+    """How far a student module's output is from the meta model's at the same place.
 
-    Both are what the module hands to the meta suffix: tokens of the teacher's width, or the logits
-    for the last pair. It makes consecutive student modules speak the teacher's language at their
-    boundary, so that their chain is coherent before end-to-end training.
+    The next student module learns on the meta model's output; a module that hands on the same makes
+    the chain of modules coherent before end-to-end training. Ours, not the paper's.
+
+    Args:
+        student_BTD: What the student module and its stitch hand on, [B, T, D].
+        meta_BTD: The meta model's tokens there, [B, T, D]; they get no gradient.
+
+    Returns:
+        A scalar: mean squared difference over the variance of meta_BTD within each dimension of D,
+        so 1 is as bad as handing on the mean token.
     """
-    width = student_BTD.shape[-1:]
-    return F.mse_loss(F.layer_norm(student_BTD, width), F.layer_norm(teacher_BTD.detach(), width))
+    meta_BTD = meta_BTD.detach()
+    return F.mse_loss(student_BTD, meta_BTD) / meta_BTD.var(dim=(0, 1), correction=0).mean()

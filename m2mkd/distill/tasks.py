@@ -88,7 +88,8 @@ class PairsTask(TrainingTask):
         """Losses of images [B, channels, H, W] against targets [B, C] and the teacher hybrids."""
         students = {i: self.trainable_module[pair_name(i)] for i in self.indices}
         teachers = {i: self.teachers[pair_name(i)] for i in self.indices if len(self.teachers)}
-        outputs = run_pairs(list(self.meta), students, teachers, images)
+        weight = self.settings.boundary_weight
+        outputs = run_pairs(list(self.meta), students, teachers, images, boundaries=weight > 0.0)
         result: dict[str, Tensor] = {}
         losses = []
         labels = targets.argmax(dim=1)
@@ -98,9 +99,9 @@ class PairsTask(TrainingTask):
                 loss = F.cross_entropy(logits, targets)
             else:
                 loss = distillation_loss(logits, output.teacher_logits, targets, self.settings)
-                if self.settings.boundary_weight and output.teacher_boundary is not None:
-                    term = boundary_loss(output.student_boundary, output.teacher_boundary)
-                    loss = loss + self.settings.boundary_weight * term
+                if output.meta_boundary is not None:
+                    term = boundary_loss(output.student_boundary, output.meta_boundary)
+                    loss = loss + weight * term
             losses.append(_with_auxiliary(loss, students[i]))
             result[f"{pair_name(i)}/loss"] = losses[-1]
             result[f"{pair_name(i)}/accuracy"] = (logits.argmax(dim=1) == labels).float().mean()

@@ -88,7 +88,21 @@ def test_a_student_equal_to_its_teacher_has_no_kd_loss() -> None:
     )
     for output in outputs.values():
         assert kd_loss(output.student_logits, output.teacher_logits).abs() < 1e-6
-        assert boundary_loss(output.student_boundary, output.teacher_boundary).abs() < 1e-6
+
+
+def test_boundary_term_compares_with_what_the_next_module_is_trained_on() -> None:
+    meta, images = meta_stages(), batch()[0]
+    copies = dict(enumerate(copy.deepcopy(meta)))
+    outputs = run_pairs(meta, copies, {}, images, boundaries=True)
+    for i in (0, 1):
+        assert outputs[i].meta_boundary is not None
+        assert boundary_loss(outputs[i].student_boundary, outputs[i].meta_boundary) < 1e-9
+    assert outputs[2].meta_boundary is None
+    alone = run_pairs(meta, {1: copies[1]}, {}, images, boundaries=True)
+    torch.testing.assert_close(alone[1].meta_boundary, outputs[1].meta_boundary)
+    assert run_pairs(meta, copies, {}, images)[0].meta_boundary is None
+    mean = outputs[0].meta_boundary.mean(dim=(0, 1)).expand_as(outputs[0].meta_boundary)
+    torch.testing.assert_close(boundary_loss(mean, outputs[0].meta_boundary), torch.tensor(1.0))
 
 
 def test_pairs_equal_hybrids_run_one_by_one() -> None:
