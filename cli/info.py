@@ -4,7 +4,6 @@ import json
 import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import click
 
@@ -22,14 +21,19 @@ def info(as_json: bool) -> None:
 
     Example: m2mkd info --json
     """
-    facts = {"versions": _versions(), "extension": _extension(), "devices": _devices()}
+    facts = {
+        "versions": _versions(),
+        "kernels": _kernels(),
+        "build": _build(),
+        "devices": _devices(),
+    }
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
     for title, values in facts.items():
         click.echo(title)
         for name, value in values.items():
-            click.echo(f"  {name:<16} {value}")
+            click.echo(f"  {name:<24} {value}")
 
 
 def _versions() -> dict[str, str]:
@@ -42,27 +46,26 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _extension() -> dict[str, str]:
-    import torch
-
+def _kernels() -> dict[str, str]:
     with warnings.catch_warnings():
         # The reason for missing kernels is among the facts.
         warnings.simplefilter("ignore")
-        from m2mkd.ops._load import EXTENSION, build_info
-    facts = {
-        "cpu kernels": "loaded" if EXTENSION.cpu else "not loaded",
-        "cuda kernels": "loaded" if EXTENSION.cuda else "not loaded",
-    }
-    if EXTENSION.reason:
-        facts["reason"] = EXTENSION.reason
-    for key in ("CPU", "CUDA"):
-        registered = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-        names = sorted(n.removeprefix("m2mkd::") for n in registered if n.startswith("m2mkd::"))
-        facts[f"{key.lower()} ops"] = ", ".join(names) or "none"
-    return {**facts, **build_info()}
+        from m2mkd.ops import status
+    found = status()
+    facts = {name: ", ".join(devices) for name, devices in sorted(found["kernels"].items())}
+    if found["reason"]:
+        facts["missing because"] = found["reason"]
+    return facts
 
 
-def _devices() -> dict[str, Any]:
+def _build() -> dict[str, str]:
+    from m2mkd.ops import status
+
+    build: dict[str, str] = status()["build"]
+    return build
+
+
+def _devices() -> dict[str, str]:
     import torch
 
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}

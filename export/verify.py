@@ -21,9 +21,9 @@ from m2mkd.export.onnx_ops import moe_layers
 from m2mkd.export.session import Floats, run_session
 from m2mkd.nn import MoEMlp
 
-# Largest difference of logits, as a fraction of the largest logit. Measured on untrained networks of
-# 2 and 12 blocks: rounding moves logits by 1e-6 to 3e-5 in float32 and by 1e-3 to 1e-2 in float16, a
-# GELU of the wrong form by 2e-4 to 4e-3.
+# Largest difference of logits, as a fraction of the largest logit. Measured on untrained networks
+# of 2 and 12 blocks: rounding moves logits by 1e-6 to 3e-5 in float32 and by 1e-3 to 1e-2 in
+# float16, a GELU of the wrong form by 2e-4 to 4e-3.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 # Router logits closer than this may change order in the given precision.
 TIE_MARGIN = {"fp32": 1e-4, "fp16": 2e-2}

@@ -1,7 +1,10 @@
 """`m2mkd recipes` and `m2mkd info`."""
 
 import json
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,7 +55,6 @@ def test_info_is_readable_and_machine_readable() -> None:
     facts = json.loads(run("info", "--json").output)
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert facts["extension"]["cpu kernels"] in ("loaded", "not loaded")
     assert "cpu" in facts["devices"]
     text = run("info").output
     for section in facts.values():
@@ -60,9 +62,25 @@ def test_info_is_readable_and_machine_readable() -> None:
             assert f"{name} " in text and str(value) in text
 
 
-def test_info_names_the_registered_kernels_or_why_there_are_none() -> None:
-    facts = json.loads(run("info", "--json").output)["extension"]
-    if facts["cpu kernels"] == "loaded":
-        assert "topk_gate" in facts["cpu ops"].split(", ")
+def test_info_names_the_compiled_kernels_or_why_there_are_none() -> None:
+    facts = json.loads(run("info", "--json").output)
+    if "topk_gate" in facts["kernels"]:
+        assert "cpu" in facts["kernels"]["topk_gate"].split(", ")
+        assert facts["build"]["torch_target"]
     else:
-        assert facts["cpu ops"] == "none" and facts["reason"]
+        assert facts["kernels"]["missing because"]
+
+
+def test_info_says_why_kernels_are_missing() -> None:
+    code = "from m2mkd.cli.main import main; main(['info', '--json'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "M2MKD_NO_EXTENSION": "1"},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    kernels = json.loads(result.stdout)["kernels"]
+    assert (
+        list(kernels) == ["missing because"] and "M2MKD_NO_EXTENSION" in kernels["missing because"]
+    )
