@@ -25,6 +25,15 @@ FOLDERS = {"m2mkd": "m2mkd", "m2mkd.export": "export", "m2mkd.cli": "cli"}
 TARGET_TORCH = (2, 11)
 # Architecture, and the first CUDA release whose nvcc knows it.
 WHEEL_ARCHS = {"8.0": 0.0, "8.6": 0.0, "8.9": 11.8, "9.0": 11.8, "10.0": 12.8, "12.0+PTX": 12.8}
+TARGET = f"-DTORCH_TARGET_VERSION=0x{TARGET_TORCH[0]:02x}{TARGET_TORCH[1]:02x}000000000000"
+FLAGS = [
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-g0",
+]
 MINIMUM_GCC = 11
 GIB_PER_JOB = 2
 
@@ -136,6 +145,45 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
+def cpu_module(cpp_extension: Any) -> Extension:
+    """The schemas and CPU kernels."""
+    return cpp_extension.CppExtension(
+        "m2mkd._ops_cpu",
+        sources("csrc/library.cpp", "csrc/cpu/*.cpp"),
+        extra_compile_args=[*FLAGS, TARGET],
+        depends=sources("csrc/*.h", "csrc/cpu/*.h"),
+        py_limited_api=True,
+    )
+
+
+def cuda_module(cpp_extension: Any, nvcc: float) -> Extension:
+    """The CUDA kernels, for TORCH_CUDA_ARCH_LIST or what a wheel should serve."""
+    archs = ";".join(arch for arch, since in WHEEL_ARCHS.items() if nvcc >= since)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
+    return cpp_extension.CUDAExtension(
+        "m2mkd._ops_cuda",
+        sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        extra_compile_args={
+            "cxx": [*FLAGS, TARGET, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"],
+        },
+        depends=sources("csrc/*.h", "csrc/cuda/*.h"),
+        py_limited_api=True,
+    )
+
+
+def facts_module(include: str) -> Extension:
+    """m2mkd._C, which needs pybind11 and nothing of torch."""
+    return Extension(
+        "m2mkd._C",
+        sources("csrc/python/*.cpp"),
+        include_dirs=[include, str(ROOT / "build" / "facts")],
+        extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", "-g0"],
+        depends=["build/facts/build_facts.h"],
+        language="c++",
+    )
+
+
 def extensions() -> dict[str, Any]:
     """The ext_modules and cmdclass arguments of setup()."""
     if os.environ.get("M2MKD_NO_EXTENSION") == "1":
@@ -150,68 +198,23 @@ def extensions() -> dict[str, Any]:
         stop(f"{error}; install torch and pybind11 first and use pip install --no-build-isolation")
     compiler = check_compiler()
     nvcc = nvcc_version(cpp_extension.CUDA_HOME)
-    cuda = wants_cuda(nvcc, torch.version.cuda)
+    modules = [cpu_module(cpp_extension)]
+    if wants_cuda(nvcc, torch.version.cuda) and nvcc is not None:
+        modules.append(cuda_module(cpp_extension, nvcc))
     choose_jobs()
-
-    major, minor = TARGET_TORCH
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
-    flags = [
-        "-O3",
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        "-g0",
-    ]
-    common = {"py_limited_api": True, "extra_link_args": ["-Wl,--as-needed"]}
-    headers = sources("csrc/*.h", "csrc/**/*.h")
-    modules = [
-        cpp_extension.CppExtension(
-            "m2mkd._ops_cpu",
-            sources("csrc/library.cpp", "csrc/cpu/*.cpp"),
-            extra_compile_args=[*flags, target],
-            depends=headers,
-            **common,
-        )
-    ]
+    has_cuda = len(modules) > 1
     facts = {
         "version": package_version(),
         "compiler": compiler,
-        "flags": " ".join([*flags, target]),
+        "flags": " ".join([*FLAGS, TARGET]),
         "torch_built": torch.__version__,
-        "torch_target": f"{major}.{minor}",
+        "torch_target": ".".join(map(str, TARGET_TORCH)),
         "python": sys.version.split()[0],
-        "cuda": "none",
-        "cuda_archs": "none",
+        "cuda": str(nvcc) if has_cuda else "none",
+        "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"] if has_cuda else "none",
     }
-    if cuda:
-        assert nvcc is not None
-        archs = ";".join(arch for arch, since in WHEEL_ARCHS.items() if nvcc >= since)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
-        facts |= {"cuda": str(nvcc), "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
-        modules.append(
-            cpp_extension.CUDAExtension(
-                "m2mkd._ops_cuda",
-                sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
-                extra_compile_args={
-                    "cxx": [*flags, target, "-DUSE_CUDA"],
-                    "nvcc": ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"],
-                },
-                depends=headers,
-                **common,
-            )
-        )
     write_facts(ROOT / "build" / "facts", facts)
-    modules.append(
-        Extension(
-            "m2mkd._C",
-            sources("csrc/python/*.cpp"),
-            include_dirs=[pybind11.get_include(), str(ROOT / "build" / "facts")],
-            extra_compile_args=["-O2", "-std=c++17", "-fvisibility=hidden", "-g0"],
-            depends=["build/facts/build_facts.h"],
-            language="c++",
-        )
-    )
+    modules.append(facts_module(pybind11.get_include()))
 
     class Build(cpp_extension.BuildExtension):
         """Names the operator libraries without a Python tag: they contain no Python."""

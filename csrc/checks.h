@@ -102,13 +102,11 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes,
-                        ScalarType dtype) {
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-inline Tensor new_zeros(const Tensor& like, const std::vector<int64_t>& sizes,
-                        ScalarType dtype) {
+inline Tensor new_zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_zeros(like, sizes, dtype);
 }
 

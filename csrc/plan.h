@@ -22,9 +22,9 @@ inline void check_entries(const char* op, const char* name, const int32_t* value
 inline std::vector<int64_t> check_offsets(const char* op, const int32_t* offsets, int64_t experts,
                                           int64_t rows) {
   std::vector<int64_t> bounds(offsets, offsets + experts + 1);
-  STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() <= rows &&
-                      std::is_sorted(bounds.begin(), bounds.end()),
-                  op, ": offsets must rise from 0 to at most the ", rows, " rows");
+  STD_TORCH_CHECK(
+      bounds.front() == 0 && bounds.back() <= rows && std::is_sorted(bounds.begin(), bounds.end()),
+      op, ": offsets must rise from 0 to at most the ", rows, " rows");
   return bounds;
 }
 

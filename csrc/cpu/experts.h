@@ -21,7 +21,8 @@ void for_each_block(const std::vector<int64_t>& bounds, int64_t limit, const F& 
     const int64_t rows = bounds[e + 1] - bounds[e];
     const int64_t blocks = (rows + limit - 1) / limit;
     for (int64_t i = 0; i < blocks; ++i) {
-      f(static_cast<int64_t>(e), bounds[e] + rows * i / blocks, bounds[e] + rows * (i + 1) / blocks);
+      f(static_cast<int64_t>(e), bounds[e] + rows * i / blocks,
+        bounds[e] + rows * (i + 1) / blocks);
     }
   }
 }

@@ -17,9 +17,9 @@ Tensor matrix(const T* data, int64_t rows, int64_t cols, bool transposed = false
   const std::array<int64_t, 2> sizes = {transposed ? cols : rows, transposed ? rows : cols};
   const std::array<int64_t, 2> strides = {transposed ? 1 : cols, transposed ? cols : 1};
   // Operands are never written through; torch has no tensor over const memory.
-  return torch::stable::from_blob(
-      const_cast<T*>(data), {sizes.data(), 2}, {strides.data(), 2},
-      torch::stable::Device(torch::headeronly::DeviceType::CPU), scalar_type_of<T>());
+  return torch::stable::from_blob(const_cast<T*>(data), {sizes.data(), 2}, {strides.data(), 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  scalar_type_of<T>());
 }
 
 // out = a b, or out += a b. Goes to the CPU kernel directly, so no autocast rule interferes.

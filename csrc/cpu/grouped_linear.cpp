@@ -43,16 +43,17 @@ void sum_columns(const T* rows, int64_t begin, int64_t end, int64_t width, T* ou
   using A = compute_t<T>;
   constexpr int64_t kColumns = 64;
   const int64_t blocks = (width + kColumns - 1) / kColumns;
-  parallel_items(blocks, (end - begin) * kColumns * int64_t{sizeof(T)}, [&](int64_t lo, int64_t hi) {
-    for (int64_t b = lo; b < hi; ++b) {
-      A sums[kColumns] = {};
-      const int64_t first = b * kColumns, n = std::min(kColumns, width - first);
-      for (int64_t r = begin; r < end; ++r) {
-        add_scaled(sums, rows + r * width + first, static_cast<const T*>(nullptr), A(1), n);
-      }
-      store(out + first, sums, n);
-    }
-  });
+  parallel_items(
+      blocks, (end - begin) * kColumns * int64_t{sizeof(T)}, [&](int64_t lo, int64_t hi) {
+        for (int64_t b = lo; b < hi; ++b) {
+          A sums[kColumns] = {};
+          const int64_t first = b * kColumns, n = std::min(kColumns, width - first);
+          for (int64_t r = begin; r < end; ++r) {
+            add_scaled(sums, rows + r * width + first, static_cast<const T*>(nullptr), A(1), n);
+          }
+          store(out + first, sums, n);
+        }
+      });
 }
 
 }  // namespace

@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
 
 // With p the softmax over the experts that count and g the gradient of the chosen weights:
 // d logit_e = p_e (g_e - sum_j g_j p_j), g_e = 0 where e was not chosen.
-Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any, const Tensor& chosen_any,
-                          std::string mode_name) {
+Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any,
+                          const Tensor& chosen_any, std::string mode_name) {
   const char* op = "topk_gate_backward";
   const GateMode mode = parse_mode(op, mode_name);
   check_rank(op, "logits", logits_any, 2);
@@ -160,8 +160,9 @@ Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any, cons
 // Stable counting sort of choices by expert. Choices are listed token by token; with a capacity,
 // choice by choice (all first choices, then all second ones...) with tokens in the given order, and
 // what comes after an expert's capacity-th choice is dropped. Rows are numbered in listing order.
-std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any, std::optional<Tensor> order_any,
-                                            int64_t experts, std::optional<int64_t> capacity) {
+std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
+                                            std::optional<Tensor> order_any, int64_t experts,
+                                            std::optional<int64_t> capacity) {
   const char* op = "moe_plan";
   check_rank(op, "experts", chosen_any, 2);
   check_dtype(op, "experts", chosen_any, ScalarType::Int);
@@ -179,7 +180,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any, std::optio
   check_entries(op, "experts", choice, total, 0, experts);
   const int64_t limit = capacity.value_or(total);
   // experts * limit may not fit in 64 bits, so compare by division.
-  const int64_t rows = capacity && limit < (total + experts - 1) / experts ? experts * limit : total;
+  const int64_t rows =
+      capacity && limit < (total + experts - 1) / experts ? experts * limit : total;
   Tensor row_of = new_empty(chosen, {tokens, k}, ScalarType::Int);
   Tensor token_of = new_empty(chosen, {rows}, ScalarType::Int);
   Tensor offsets = new_empty(chosen, {experts + 1}, ScalarType::Int);
@@ -225,8 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any, std::optio
   return {row_of, token_of, offsets};
 }
 
-Tensor moe_gather(const Tensor& x_any, const Tensor& /*row_of*/,
-                  const Tensor& token_of_any) {
+Tensor moe_gather(const Tensor& x_any, const Tensor& /*row_of*/, const Tensor& token_of_any) {
   const char* op = "moe_gather";
   check_rank(op, "x", x_any, 2);
   check_rank(op, "token_of", token_of_any, 1);

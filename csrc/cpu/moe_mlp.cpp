@@ -99,7 +99,8 @@ std::vector<int64_t> choice_of_rows(const MlpArguments& a) {
 }
 
 template <typename T>
-std::vector<compute_t<T>> weight_of_rows(const MlpArguments& a, const std::vector<int64_t>& choice) {
+std::vector<compute_t<T>> weight_of_rows(const MlpArguments& a,
+                                         const std::vector<int64_t>& choice) {
   const auto* weights = const_data<compute_t<T>>(a.weights);
   std::vector<compute_t<T>> weight(a.rows, 0);
   for (int64_t r = 0; r < a.rows; ++r) {
@@ -279,7 +280,8 @@ Tensor mlp_backward(const MlpArguments& a, const Tensor& grad, const Tensor& sav
   for_each_block(a.bounds, kBackwardRows<T>, [&](int64_t e, int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     const bool further = begin > a.bounds[e];
-    const T* z = const_data<T>(recompute ? recomputeds : saved) + (recompute ? 0 : begin * a.hidden);
+    const T* z =
+        const_data<T>(recompute ? recomputeds : saved) + (recompute ? 0 : begin * a.hidden);
     gather_rows(const_data<T>(grad), token + begin, upstream, n, a.width);
     if (want.needs_fc1 || recompute) {
       gather_rows(const_data<T>(a.x), token + begin, input, n, a.width);

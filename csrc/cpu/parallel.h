@@ -29,8 +29,8 @@ void parallel_items(int64_t count, int64_t item_bytes, const F& f) {
 // number of threads, so results repeat bit for bit.
 template <typename F>
 void parallel_lanes(int64_t work_bytes, const F& f) {
-  const int64_t lanes = std::clamp<int64_t>(work_bytes / kGrainBytes, 1,
-                                            torch::stable::get_num_threads());
+  const int64_t lanes =
+      std::clamp<int64_t>(work_bytes / kGrainBytes, 1, torch::stable::get_num_threads());
   if (lanes == 1) {
     f(int64_t{0}, int64_t{1});
     return;

@@ -88,10 +88,9 @@ inline Tensor pooled_empty(const Tensor& like, int64_t rows, int64_t cols, Scala
   }
   const Pool::Block block = Pool::instance().take(bytes);
   const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
-  return torch::stable::from_blob(
-      block.data, {sizes, 2}, {strides, 2},
-      torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-      [block](void*) { Pool::instance().give_back(block); });
+  return torch::stable::from_blob(block.data, {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  [block](void*) { Pool::instance().give_back(block); });
 }
 
 }  // namespace m2mkd::cpu

@@ -20,8 +20,7 @@ Tensor ExpertGemm::grouped(const Tensor& a, const Tensor& b) const {
   const std::optional<Tensor> ends = torch::stable::narrow(all, 0, 1, offsets_.size(0) - 1);
   std::array<StableIValue, 5> stack = {
       torch::stable::detail::from(a), torch::stable::detail::from(b),
-      torch::stable::detail::from(ends),
-      torch::stable::detail::from(std::optional<Tensor>()),
+      torch::stable::detail::from(ends), torch::stable::detail::from(std::optional<Tensor>()),
       torch::stable::detail::from(std::optional<ScalarType>())};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
@@ -48,8 +47,7 @@ Tensor ExpertGemm::rows_by_rows(const Tensor& left, const Tensor& right) const {
     return grouped(torch::stable::transpose(left, 0, 1), right);
   }
   const int64_t experts = offsets_.size(0) - 1;
-  const Tensor out =
-      new_zeros(left, {experts, left.size(1), right.size(1)}, left.scalar_type());
+  const Tensor out = new_zeros(left, {experts, left.size(1), right.size(1)}, left.scalar_type());
   for (size_t e = 0; e + 1 < bounds_.size(); ++e) {
     if (bounds_[e] < bounds_[e + 1]) {
       multiply(torch::stable::select(out, 0, static_cast<int64_t>(e)),

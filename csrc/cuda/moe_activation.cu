@@ -209,9 +209,11 @@ int launch_activate(DType dtype, Activation act, const void* z, const void* bias
     return cudaSuccess;
   }
   const bool whole = aligned(z) && aligned(bias) && aligned(out);
-  M2MKD_FOR_DTYPE(dtype, if (whole && width % kPack<T> == 0) {
-    activate<T, kPack<T>>(act, z, bias, offsets, experts, rows, width, out, stream);
-  } else { activate<T, 1>(act, z, bias, offsets, experts, rows, width, out, stream); });
+  M2MKD_FOR_DTYPE(
+      dtype,
+      if (whole && width % kPack<T> == 0) {
+        activate<T, kPack<T>>(act, z, bias, offsets, experts, rows, width, out, stream);
+      } else { activate<T, 1>(act, z, bias, offsets, experts, rows, width, out, stream); });
   return cudaGetLastError();
 }
 
@@ -221,12 +223,15 @@ int launch_activate_backward(DType dtype, Activation act, const ActivateBackward
   }
   const bool whole =
       aligned(a.z) && aligned(a.fc1_bias) && aligned(a.hidden_grad) && aligned(a.weighted);
-  M2MKD_FOR_DTYPE(dtype, if (whole && a.hidden % kPack<T> == 0) {
-    M2MKD_LAUNCH((activate_backward_kernel<T, kPack<T>>), blocks_for(a.rows), kThreads, 0, stream,
-                 act, a);
-  } else {
-    M2MKD_LAUNCH((activate_backward_kernel<T, 1>), blocks_for(a.rows), kThreads, 0, stream, act, a);
-  });
+  M2MKD_FOR_DTYPE(
+      dtype,
+      if (whole && a.hidden % kPack<T> == 0) {
+        M2MKD_LAUNCH((activate_backward_kernel<T, kPack<T>>), blocks_for(a.rows), kThreads, 0,
+                     stream, act, a);
+      } else {
+        M2MKD_LAUNCH((activate_backward_kernel<T, 1>), blocks_for(a.rows), kThreads, 0, stream, act,
+                     a);
+      });
   return cudaGetLastError();
 }
 

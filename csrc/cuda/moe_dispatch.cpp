@@ -31,16 +31,15 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
   const Tensor logits = torch::stable::contiguous(logits_any);
   Tensor weights = new_empty(logits, {tokens, k}, logits.scalar_type());
   Tensor chosen = new_empty(logits, {tokens, k}, ScalarType::Int);
-  check_launch(op, launch_topk_gate(dtype_of(op, logits), logits.const_data_ptr(),
-                                    to_int(op, "T", tokens), to_int(op, "E", experts),
-                                    static_cast<int>(k), parse_mode(op, mode),
-                                    weights.mutable_data_ptr(), mutable_data<int32_t>(chosen),
-                                    device.stream()));
+  check_launch(op, launch_topk_gate(
+                       dtype_of(op, logits), logits.const_data_ptr(), to_int(op, "T", tokens),
+                       to_int(op, "E", experts), static_cast<int>(k), parse_mode(op, mode),
+                       weights.mutable_data_ptr(), mutable_data<int32_t>(chosen), device.stream()));
   return {weights, chosen};
 }
 
-Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any, const Tensor& chosen_any,
-                          std::string mode) {
+Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any,
+                          const Tensor& chosen_any, std::string mode) {
   const char* op = "topk_gate_backward";
   check_rank(op, "logits", logits_any, 2);
   check_rank(op, "grad", grad_any, 2);
@@ -54,16 +53,17 @@ Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any, cons
   const Tensor logits = torch::stable::contiguous(logits_any);
   const Tensor chosen = torch::stable::contiguous(chosen_any);
   Tensor result = new_empty(logits, {tokens, experts}, logits.scalar_type());
-  check_launch(op, launch_topk_gate_backward(
-                       dtype_of(op, logits), grad.const_data_ptr(), logits.const_data_ptr(),
-                       const_data<int32_t>(chosen), to_int(op, "T", tokens),
-                       to_int(op, "E", experts), to_int(op, "K", k), parse_mode(op, mode),
-                       result.mutable_data_ptr(), device.stream()));
+  check_launch(op, launch_topk_gate_backward(dtype_of(op, logits), grad.const_data_ptr(),
+                                             logits.const_data_ptr(), const_data<int32_t>(chosen),
+                                             to_int(op, "T", tokens), to_int(op, "E", experts),
+                                             to_int(op, "K", k), parse_mode(op, mode),
+                                             result.mutable_data_ptr(), device.stream()));
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any, std::optional<Tensor> order_any,
-                                            int64_t experts, std::optional<int64_t> capacity) {
+std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
+                                            std::optional<Tensor> order_any, int64_t experts,
+                                            std::optional<int64_t> capacity) {
   const char* op = "moe_plan";
   check_rank(op, "experts", chosen_any, 2);
   check_dtype(op, "experts", chosen_any, ScalarType::Int);
@@ -81,18 +81,20 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any, std::optio
     check_dtype(op, "order", *order, ScalarType::Long);
   }
   const int64_t limit = std::min(capacity.value_or(total), total);
-  const int64_t rows = capacity && limit < (total + experts - 1) / experts ? experts * limit : total;
+  const int64_t rows =
+      capacity && limit < (total + experts - 1) / experts ? experts * limit : total;
   const int64_t blocks = (total + kPlanBlock - 1) / kPlanBlock;
   Tensor row_of = new_empty(chosen, {tokens, k}, ScalarType::Int);
   Tensor token_of = new_empty(chosen, {rows}, ScalarType::Int);
   Tensor offsets = new_empty(chosen, {experts + 1}, ScalarType::Int);
   const Tensor counts = new_empty(chosen, {blocks, experts}, ScalarType::Int);
-  check_launch(op, launch_moe_plan(const_data<int32_t>(chosen), const_data<int64_t>(order),
-                                   static_cast<int>(tokens), static_cast<int>(k),
-                                   static_cast<int>(experts), capacity ? static_cast<int>(limit) : -1,
-                                   static_cast<int>(rows), mutable_data<int32_t>(counts),
-                                   mutable_data<int32_t>(row_of), mutable_data<int32_t>(token_of),
-                                   mutable_data<int32_t>(offsets), device.stream()));
+  check_launch(
+      op, launch_moe_plan(const_data<int32_t>(chosen), const_data<int64_t>(order),
+                          static_cast<int>(tokens), static_cast<int>(k), static_cast<int>(experts),
+                          capacity ? static_cast<int>(limit) : -1, static_cast<int>(rows),
+                          mutable_data<int32_t>(counts), mutable_data<int32_t>(row_of),
+                          mutable_data<int32_t>(token_of), mutable_data<int32_t>(offsets),
+                          device.stream()));
   return {row_of, token_of, offsets};
 }
 
@@ -129,12 +131,11 @@ Tensor sum_rows(const char* op, const Tensor& rows_any, const std::optional<Tens
     check_dtype(op, "weights", *weights, compute_dtype(rows.scalar_type()));
   }
   Tensor out = new_empty(rows, {tokens, width}, rows.scalar_type());
-  check_launch(op, launch_sum_rows(dtype_of(op, rows), rows.const_data_ptr(),
-                                   const_data<int32_t>(row_of),
-                                   weights ? weights->const_data_ptr() : nullptr,
-                                   to_int(op, "T", tokens), to_int(op, "K", k),
-                                   to_int(op, "D", width), out.mutable_data_ptr(),
-                                   device.stream()));
+  check_launch(
+      op, launch_sum_rows(dtype_of(op, rows), rows.const_data_ptr(), const_data<int32_t>(row_of),
+                          weights ? weights->const_data_ptr() : nullptr, to_int(op, "T", tokens),
+                          to_int(op, "K", k), to_int(op, "D", width), out.mutable_data_ptr(),
+                          device.stream()));
   return out;
 }
 
@@ -168,12 +169,12 @@ std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad_any, const Te
   check_int32_range(op, "T*K", tokens * k);
   Tensor grad_rows = new_zeros(rows, {rows.size(0), width}, rows.scalar_type());
   Tensor grad_weights = new_empty(weights, {tokens, k}, weights.scalar_type());
-  check_launch(op, launch_combine_backward(
-                       dtype_of(op, rows), grad.const_data_ptr(), rows.const_data_ptr(),
-                       weights.const_data_ptr(), const_data<int32_t>(row_of),
-                       static_cast<int>(tokens), static_cast<int>(k), to_int(op, "D", width),
-                       grad_rows.mutable_data_ptr(), grad_weights.mutable_data_ptr(),
-                       device.stream()));
+  check_launch(
+      op, launch_combine_backward(dtype_of(op, rows), grad.const_data_ptr(), rows.const_data_ptr(),
+                                  weights.const_data_ptr(), const_data<int32_t>(row_of),
+                                  static_cast<int>(tokens), static_cast<int>(k),
+                                  to_int(op, "D", width), grad_rows.mutable_data_ptr(),
+                                  grad_weights.mutable_data_ptr(), device.stream()));
   return {grad_rows, grad_weights};
 }
 

@@ -34,9 +34,8 @@ __device__ void next_largest(const T* logits, int experts, int lane, compute_t<T
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const A other = __shfl_xor_sync(kFullMask, best, step);
     const int other_expert = __shfl_xor_sync(kFullMask, best_expert, step);
-    const bool better = other_expert < experts &&
-                        (best_expert == experts || other > best ||
-                         (other == best && other_expert < best_expert));
+    const bool better = other_expert < experts && (best_expert == experts || other > best ||
+                                                   (other == best && other_expert < best_expert));
     best = better ? other : best;
     best_expert = better ? other_expert : best_expert;
   }
@@ -155,8 +154,8 @@ int launch_topk_gate_backward(DType dtype, const void* grad, const void* logits,
   if (tokens == 0) {
     return cudaSuccess;
   }
-  M2MKD_FOR_DTYPE(dtype, gate_backward<T>(grad, logits, chosen, tokens, experts, k, mode, result,
-                                          stream));
+  M2MKD_FOR_DTYPE(dtype,
+                  gate_backward<T>(grad, logits, chosen, tokens, experts, k, mode, result, stream));
   return cudaGetLastError();
 }
 

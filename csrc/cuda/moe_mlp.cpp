@@ -24,8 +24,13 @@ Grouped check_grouped(const char* op, const Tensor& rows, const Tensor& weight,
   check_dtype(op, "weight", weight, rows.scalar_type());
   check_dtype(op, "offsets", offsets, ScalarType::Int);
   using torch::stable::contiguous;
-  return {contiguous(rows), contiguous(weight), contiguous(offsets), experts,
-          in,               weight.size(1),     count};
+  return {contiguous(rows),
+          contiguous(weight),
+          contiguous(offsets),
+          experts,
+          in,
+          weight.size(1),
+          count};
 }
 
 Activation parse_activation(const char* op, const std::string& name) {
@@ -46,23 +51,22 @@ Activation parse_activation(const char* op, const std::string& name) {
 // out = act(z + bias); zeros on padding rows. May be in place.
 void activate(const char* op, Activation act, const Tensor& z, const std::optional<Tensor>& bias,
               const Tensor& offsets, const Tensor& out, void* stream) {
-  check_launch(op, launch_activate(dtype_of(op, z), act, z.const_data_ptr(),
-                                   bias ? bias->const_data_ptr() : nullptr,
-                                   const_data<int32_t>(offsets),
-                                   static_cast<int>(offsets.size(0)) - 1,
-                                   to_int(op, "M", z.size(0)), to_int(op, "width", z.size(1)),
-                                   out.mutable_data_ptr(), stream));
+  check_launch(
+      op, launch_activate(dtype_of(op, z), act, z.const_data_ptr(),
+                          bias ? bias->const_data_ptr() : nullptr, const_data<int32_t>(offsets),
+                          static_cast<int>(offsets.size(0)) - 1, to_int(op, "M", z.size(0)),
+                          to_int(op, "width", z.size(1)), out.mutable_data_ptr(), stream));
 }
 
 Tensor sum_columns(const char* op, const Tensor& rows, const std::optional<Tensor>& scale,
                    const Tensor& offsets, void* stream) {
   const int64_t experts = offsets.size(0) - 1;
   Tensor out = new_empty(rows, {experts, rows.size(1)}, rows.scalar_type());
-  check_launch(op, launch_sum_columns(dtype_of(op, rows), rows.const_data_ptr(),
-                                      scale ? scale->const_data_ptr() : nullptr,
-                                      const_data<int32_t>(offsets), static_cast<int>(experts),
-                                      to_int(op, "width", rows.size(1)), out.mutable_data_ptr(),
-                                      stream));
+  check_launch(
+      op, launch_sum_columns(dtype_of(op, rows), rows.const_data_ptr(),
+                             scale ? scale->const_data_ptr() : nullptr,
+                             const_data<int32_t>(offsets), static_cast<int>(experts),
+                             to_int(op, "width", rows.size(1)), out.mutable_data_ptr(), stream));
   return out;
 }
 
@@ -78,11 +82,11 @@ Tensor sum_rows(const char* op, const Tensor& rows, const Tensor& row_of,
                 const std::optional<Tensor>& weights, void* stream) {
   const int64_t tokens = row_of.size(0);
   Tensor out = new_empty(rows, {tokens, rows.size(1)}, rows.scalar_type());
-  check_launch(op, launch_sum_rows(dtype_of(op, rows), rows.const_data_ptr(),
-                                   const_data<int32_t>(row_of),
-                                   weights ? weights->const_data_ptr() : nullptr,
-                                   to_int(op, "T", tokens), to_int(op, "K", row_of.size(1)),
-                                   to_int(op, "D", rows.size(1)), out.mutable_data_ptr(), stream));
+  check_launch(
+      op, launch_sum_rows(dtype_of(op, rows), rows.const_data_ptr(), const_data<int32_t>(row_of),
+                          weights ? weights->const_data_ptr() : nullptr, to_int(op, "T", tokens),
+                          to_int(op, "K", row_of.size(1)), to_int(op, "D", rows.size(1)),
+                          out.mutable_data_ptr(), stream));
   return out;
 }
 
@@ -269,8 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   torch::stable::fill_(choice_of, -1);
   const Tensor weight_of = new_zeros(a.weights, {a.rows}, a.weights.scalar_type());
   check_launch(op, launch_invert_rows(dtype_of(op, a.x), const_data<int32_t>(a.row_of),
-                                      a.weights.const_data_ptr(),
-                                      static_cast<int>(a.tokens * a.k),
+                                      a.weights.const_data_ptr(), static_cast<int>(a.tokens * a.k),
                                       mutable_data<int32_t>(choice_of),
                                       weight_of.mutable_data_ptr(), stream));
 

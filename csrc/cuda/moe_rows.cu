@@ -149,9 +149,11 @@ int launch_gather(DType dtype, const void* x, const int32_t* token_of, int rows,
   if (rows == 0 || width == 0) {
     return cudaSuccess;
   }
-  M2MKD_FOR_DTYPE(dtype, if (packs_fit<T>(width, x, out, nullptr)) {
-    gather<T, kPack<T>>(x, token_of, rows, width, out, stream);
-  } else { gather<T, 1>(x, token_of, rows, width, out, stream); });
+  M2MKD_FOR_DTYPE(
+      dtype,
+      if (packs_fit<T>(width, x, out, nullptr)) {
+        gather<T, kPack<T>>(x, token_of, rows, width, out, stream);
+      } else { gather<T, 1>(x, token_of, rows, width, out, stream); });
   return cudaGetLastError();
 }
 
@@ -160,9 +162,11 @@ int launch_sum_rows(DType dtype, const void* rows, const int32_t* row_of, const 
   if (tokens == 0 || width == 0) {
     return cudaSuccess;
   }
-  M2MKD_FOR_DTYPE(dtype, if (packs_fit<T>(width, rows, out, nullptr)) {
-    sum_rows<T, kPack<T>>(rows, row_of, weights, tokens, k, width, out, stream);
-  } else { sum_rows<T, 1>(rows, row_of, weights, tokens, k, width, out, stream); });
+  M2MKD_FOR_DTYPE(
+      dtype,
+      if (packs_fit<T>(width, rows, out, nullptr)) {
+        sum_rows<T, kPack<T>>(rows, row_of, weights, tokens, k, width, out, stream);
+      } else { sum_rows<T, 1>(rows, row_of, weights, tokens, k, width, out, stream); });
   return cudaGetLastError();
 }
 
@@ -172,13 +176,15 @@ int launch_combine_backward(DType dtype, const void* grad, const void* rows, con
   if (tokens == 0) {
     return cudaSuccess;
   }
-  M2MKD_FOR_DTYPE(dtype, if (packs_fit<T>(width, grad, rows, grad_rows)) {
-    combine_backward<T, kPack<T>>(grad, rows, weights, row_of, tokens, k, width, grad_rows,
-                                  grad_weights, stream);
-  } else {
-    combine_backward<T, 1>(grad, rows, weights, row_of, tokens, k, width, grad_rows, grad_weights,
-                           stream);
-  });
+  M2MKD_FOR_DTYPE(
+      dtype,
+      if (packs_fit<T>(width, grad, rows, grad_rows)) {
+        combine_backward<T, kPack<T>>(grad, rows, weights, row_of, tokens, k, width, grad_rows,
+                                      grad_weights, stream);
+      } else {
+        combine_backward<T, 1>(grad, rows, weights, row_of, tokens, k, width, grad_rows,
+                               grad_weights, stream);
+      });
   return cudaGetLastError();
 }
 

@@ -2,6 +2,7 @@
 
 from m2mkd.ops._checks import MoEPlan
 from m2mkd.ops._load import ExtensionWarning, status
+from m2mkd.ops._selftest import selftest
 from m2mkd.ops.moe_dispatch import (
     grouped_linear,
     moe_combine,
@@ -19,6 +20,7 @@ __all__ = [
     "moe_gather",
     "moe_mlp",
     "moe_plan",
+    "selftest",
     "status",
     "topk_gate",
 ]

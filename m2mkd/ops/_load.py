@@ -125,11 +125,6 @@ def _load() -> Extension:
 EXTENSION = _load()
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether compiled kernels serve tensors on `device`."""
-    return EXTENSION.cuda if device.type == "cuda" else EXTENSION.cpu and device.type != "mps"
-
-
 def status() -> dict[str, Any]:
     """What is compiled and loaded; costs nothing worth mentioning.
 

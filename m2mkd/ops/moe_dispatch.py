@@ -15,7 +15,8 @@ from torch import Tensor
 
 from m2mkd.ops import _checks, reference
 from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
-from m2mkd.ops._load import EXTENSION, has_kernels
+from m2mkd.ops._load import EXTENSION
+from m2mkd.ops._selftest import has_kernels
 
 _OPS = torch.ops.m2mkd
 _Maybe = TypeVar("_Maybe", Tensor, Tensor | None)

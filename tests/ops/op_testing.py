@@ -99,7 +99,7 @@ PROBLEMS = [
 ]
 
 
-def compare(
+def check_against(
     kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor | None]
 ) -> None:
     """Compares values and the gradient of every floating input."""

@@ -10,7 +10,7 @@ from op_testing import (
     PROBLEMS,
     Problem,
     assert_near,
-    compare,
+    check_against,
     needs_kernels,
 )
 from torch import Tensor
@@ -73,7 +73,7 @@ def test_gate_equals_its_reference(
         tokens, experts, dtype=dtype, device=device, seed=3
     )
     assert torch.equal(ops.topk_gate(logits, k, mode)[1], reference.topk_gate(logits, k, mode)[1])
-    compare(
+    check_against(
         lambda x: ops.topk_gate(x, k, mode)[0],
         lambda x: reference.topk_gate(x, k, mode)[0],
         [logits],
@@ -181,7 +181,7 @@ def test_a_plan_refuses_capacity_zero_and_unknown_experts(module: object) -> Non
 def test_gather_equals_its_reference(problem: Problem, dtype: torch.dtype, device: str) -> None:
     plan = problem.plan(device)
     x = problem.layer(dtype, device)[0]
-    compare(lambda x: ops.moe_gather(x, plan), lambda x: reference.moe_gather(x, plan), [x])
+    check_against(lambda x: ops.moe_gather(x, plan), lambda x: reference.moe_gather(x, plan), [x])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,7 +191,7 @@ def test_combine_equals_its_reference(problem: Problem, dtype: torch.dtype, devi
     plan = problem.plan(device)
     rows = problem.draw(plan.token_of_M.shape[0], problem.width, dtype=dtype, device=device, seed=1)
     weights = problem.layer(dtype, device)[1]
-    compare(
+    check_against(
         lambda r, w: ops.moe_combine(r, w, plan),
         lambda r, w: reference.moe_combine(r, w, plan),
         [rows, weights],
@@ -208,7 +208,7 @@ def test_grouped_linear_equals_its_reference(
     plan = problem.plan(device)
     rows = problem.draw(plan.token_of_M.shape[0], problem.width, dtype=dtype, device=device, seed=1)
     _, _, weight, shift, _, _ = problem.layer(dtype, device, bias)
-    compare(
+    check_against(
         lambda r, w, b: ops.grouped_linear(r, w, b, plan.offsets),
         lambda r, w, b: reference.grouped_linear(r, w, b, plan.offsets),
         [rows, weight, shift],

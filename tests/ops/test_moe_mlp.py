@@ -11,7 +11,7 @@ from op_testing import (
     PROBLEMS,
     Problem,
     assert_near,
-    compare,
+    check_against,
     needs_kernels,
 )
 from torch import Tensor
@@ -50,7 +50,7 @@ def test_values_and_every_gradient_equal_the_reference(
     problem: Problem, dtype: torch.dtype, device: str
 ) -> None:
     plan = problem.plan(device)
-    compare(
+    check_against(
         lambda *inputs: apply(ops, plan, "gelu", list(inputs)),
         lambda *inputs: apply(reference, plan, "gelu", list(inputs)),
         list(problem.layer(dtype, device)),
@@ -66,7 +66,7 @@ def test_every_activation_equals_the_reference_with_and_without_biases(
 ) -> None:
     problem = Problem(40, 12, 37, 3, 2)
     plan = problem.plan(device)
-    compare(
+    check_against(
         lambda *inputs: apply(ops, plan, activation, list(inputs)),
         lambda *inputs: apply(reference, plan, activation, list(inputs)),
         list(problem.layer(dtype, device, bias)),
@@ -77,7 +77,7 @@ def test_experts_of_several_blocks_equal_the_reference() -> None:
     # One expert takes 2500 rows, more than a block of the forward or of the backward pass.
     problem = Problem(2500, 8, 12, 3, 2, routing="one")
     plan = problem.plan()
-    compare(
+    check_against(
         lambda *inputs: apply(ops, plan, "gelu", list(inputs)),
         lambda *inputs: apply(reference, plan, "gelu", list(inputs)),
         list(problem.layer(torch.float32)),
@@ -100,7 +100,7 @@ def test_any_small_shape_equals_the_reference(
 ) -> None:
     problem = Problem(*sizes, capacity=capacity)
     plan = problem.plan()
-    compare(
+    check_against(
         lambda *inputs: apply(ops, plan, "silu", list(inputs)),
         lambda *inputs: apply(reference, plan, "silu", list(inputs)),
         list(problem.layer(torch.float64)),
@@ -124,7 +124,7 @@ def test_gradients_of_some_inputs_do_not_depend_on_the_others_being_frozen(froze
     inputs = problem.layer(torch.float64)
     for i in still:
         inputs[i].requires_grad_(False)
-    compare(
+    check_against(
         lambda *inputs: apply(ops, plan, "gelu", list(inputs)),
         lambda *inputs: apply(reference, plan, "gelu", list(inputs)),
         list(inputs),
@@ -134,7 +134,7 @@ def test_gradients_of_some_inputs_do_not_depend_on_the_others_being_frozen(froze
 def test_a_token_may_choose_the_same_expert_twice() -> None:
     problem = Problem(600, 8, 12, 2, 2)
     plan = ops.moe_plan(torch.zeros(600, 2, dtype=torch.int32), 2)
-    compare(
+    check_against(
         lambda *inputs: apply(ops, plan, "gelu", list(inputs)),
         lambda *inputs: apply(reference, plan, "gelu", list(inputs)),
         list(problem.layer(torch.float64)),
