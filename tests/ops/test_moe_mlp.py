@@ -141,6 +141,21 @@ def test_a_token_may_choose_the_same_expert_twice() -> None:
     )
 
 
+def test_several_threads_give_what_one_gives() -> None:
+    problem = Problem(900, 32, 48, 4, 2)
+    plan = problem.plan()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        check_against(
+            lambda *inputs: apply(ops, plan, "gelu", list(inputs)),
+            lambda *inputs: apply(reference, plan, "gelu", list(inputs)),
+            list(problem.layer(torch.float64)),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_results_repeat_bit_for_bit(device: str) -> None:
     problem = Problem(700, 32, 48, 4, 2)
