@@ -139,15 +139,26 @@ def test_a_network_with_one_answer_for_all_cannot_be_verified(
         compared(reference, reference.logits)
 
 
-@pytest.mark.parametrize("tanh_is_meant", [True, False])
-def test_the_tanh_form_is_blamed_only_where_it_explains_the_values(
-    tanh_is_meant: bool, reference: Reference
+@pytest.mark.parametrize("by", [1e-2, TOLERANCE["fp32"] / 10])
+def test_the_tanh_form_is_refused_and_named_however_little_it_changes(
+    by: float, reference: Reference
 ) -> None:
+    reference.tanh_logits = shifted(reference, list(range(IMAGES)), by)
+    with pytest.raises(ActivationError, match="--target cpu"):
+        compared(reference, reference.tanh_logits)
+    assert compared(reference, reference.tanh_logits, tolerance=2 * by).excused == 0
+    with pytest.raises(ParityError, match="differ from PyTorch's"):
+        compared(reference, reference.tanh_logits, tolerance=by / 2)
+
+
+def test_other_differences_are_not_blamed_on_the_tanh_form(reference: Reference) -> None:
     reference.tanh_logits = shifted(reference, list(range(IMAGES)), 1e-3)
-    other = shifted(reference, list(range(IMAGES)), -1e-3)
     with pytest.raises(ParityError) as caught:
-        compared(reference, reference.tanh_logits if tanh_is_meant else other)
-    assert isinstance(caught.value, ActivationError) == tanh_is_meant
+        compared(reference, shifted(reference, list(range(IMAGES)), -1e-3))
+    assert not isinstance(caught.value, ActivationError)
+    # Rounding of float16 hides which form it is, and stays within the float16 tolerance.
+    rounded = shifted(reference, list(range(IMAGES)), 3e-3)
+    assert compared(reference, rounded, precision="fp16").excused == 0
 
 
 @pytest.mark.parametrize("part", ["shape", "type"])
