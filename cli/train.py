@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-_STAGES = ["meta", "teacher", "distill", "end_to_end", "baselines", "evaluate"]
+from m2mkd.train.plan import STAGES
 
 
 @click.command(short_help="Train a student from a recipe.")
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
-@click.option("--stage", type=click.Choice(_STAGES), help="Run only this stage.")
-@click.option("--from-stage", type=click.Choice(_STAGES), help="Redo from this stage on.")
+@click.option("--stage", type=click.Choice(STAGES), help="Run only this stage.")
+@click.option("--from-stage", type=click.Choice(STAGES), help="Redo from this stage on.")
 @click.option("--pair", type=int, help="With --stage distill: train only this pair.")
 @click.option(
     "--resume/--fresh",
@@ -45,6 +45,8 @@ def train(
     """
     if pair is not None and stage != "distill":
         raise click.UsageError("--pair goes with --stage distill")
+    if stage and not resume:
+        raise click.UsageError("--stage and --fresh exclude each other")
     if stage and from_stage:
         raise click.UsageError("--stage and --from-stage exclude each other")
 
@@ -71,7 +73,8 @@ def train(
                 fresh=not resume,
             )
         except Interrupted as stopped:
-            reporter.message(f"{stopped}; the same command goes on from there")
+            once = "" if resume and from_stage is None else ", without --fresh and --from-stage,"
+            reporter.message(f"{stopped}; the same command{once} goes on from there")
             raise
     if summary is not None:
         click.echo(json.dumps(summary, indent=1) if as_json else _table(summary, out))

@@ -28,6 +28,10 @@ class ShapeError(M2MKDError, ValueError):
     """Tensors whose shapes, dtypes or devices do not fit together."""
 
 
+class NotFiniteError(M2MKDError, ArithmeticError):
+    """Values that are NaN where a decision depends on them, such as a router's logits."""
+
+
 class TrainingError(M2MKDError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
 

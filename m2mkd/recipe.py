@@ -94,6 +94,12 @@ class DataConfig(_Section):
                 raise ValueError(f"{name} has {len(value)} values for {self.channels} channel(s)")
         return self
 
+    @model_validator(mode="after")
+    def _check_mixing(self) -> "DataConfig":
+        if self.augment.mixes_images and self.batch_size % 2:
+            raise ValueError(f"mixup pairs images; batch_size {self.batch_size} must be even")
+        return self
+
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, for pixels scaled to [0, 1]."""
@@ -225,6 +231,17 @@ class Recipe(_Section):
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does; PyYAML's own rule wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 def builtin_recipes() -> dict[str, str]:
     """Returns the text of every built-in recipe by name."""
     folder = resources.files("m2mkd") / "recipes"
@@ -286,7 +303,7 @@ def _recipe_text(name_or_path: str) -> str:
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -91,7 +91,11 @@ def assemble(
         if assembly == "fold" and i > 0:
             weights |= _folded(modules[i - 1], depths[i - 1], modules[i])
             report.folded.append((i - 1, i))
-        missing, unplaced = stage.load_state_dict(weights, strict=False)
+        try:
+            missing, unplaced = stage.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"module {i} does not fit the network: {detail}") from None
         if unplaced:
             raise CheckpointError(f"module {i}: no place in the network for {', '.join(unplaced)}")
         report.transferred.append(len(weights))

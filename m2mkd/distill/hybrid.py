@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from m2mkd.errors import ConfigError, ShapeError
+from m2mkd.errors import ConfigError, NotFiniteError, ShapeError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +91,7 @@ def run_pairs(
             prefix = frozen.pop(-1, None)
             teacher_flow = frozen
         if i in students and here is not None:
-            student_out = students[i](here)
+            student_out = _run_module(i, students[i], here)
             teacher_out = None
             if teachers:
                 with torch.no_grad():
@@ -108,9 +108,22 @@ def run_pairs(
     return outputs
 
 
+def pair_name(index: int) -> str:
+    """Folder and key of a pair: `pair-00`."""
+    return f"pair-{index:02d}"
+
+
 def freeze(modules: M) -> M:
     """Puts a module in eval mode and stops gradients to its parameters; returns it."""
     return modules.eval().requires_grad_(False)
+
+
+def _run_module(index: int, module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        output: Tensor = module(x)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{pair_name(index)}: {error}") from None
+    return output
 
 
 def _advance(stage: nn.Module, flow: dict[int, Tensor]) -> dict[int, Tensor]:

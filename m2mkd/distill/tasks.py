@@ -12,7 +12,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2mkd.distill.hybrid import freeze, run_pairs
+from m2mkd.distill.hybrid import freeze, pair_name, run_pairs
 from m2mkd.distill.losses import PairLossSettings, boundary_loss, distillation_loss
 from m2mkd.nn import auxiliary_loss
 
@@ -114,11 +114,6 @@ class PairsTask(TrainingTask):
         self.meta.eval()
         self.teachers.eval()
         return self
-
-
-def pair_name(index: int) -> str:
-    """Folder and key of a pair: `pair-00`."""
-    return f"pair-{index:02d}"
 
 
 def _with_auxiliary(loss: Tensor, module: nn.Module) -> Tensor:

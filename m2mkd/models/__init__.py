@@ -1,5 +1,6 @@
 """Whole networks; importing this package registers the students with timm."""
 
+from m2mkd.models import official
 from m2mkd.models.build import create_meta, create_vit, load_pretrained_vit, resolve_depths
 from m2mkd.models.stages import ViTStage, balanced_depths, check_depths, split_vit
 from m2mkd.models.vmoe import VMoE
@@ -12,6 +13,7 @@ __all__ = [
     "create_meta",
     "create_vit",
     "load_pretrained_vit",
+    "official",
     "resolve_depths",
     "split_vit",
 ]

@@ -77,6 +77,7 @@ def load_pretrained_vit(
     channels: int,
     checkpoint: Path | None,
     drop_path: float = 0.0,
+    will_train: bool = True,
 ) -> VisionTransformer:
     """Creates a ViT with published weights, from the hub or a local file.
 
@@ -85,9 +86,12 @@ def load_pretrained_vit(
 
     Args:
         checkpoint: A .safetensors or .pth file; None takes the weights from the hub.
+        will_train: Whether the network is trained before it is used; if not, a fresh head is an
+            error.
 
     Raises:
         CheckpointError: The file is missing, corrupt or of another model; the hub gives nothing.
+        ConfigError: The head would be fresh and never trained.
     """
     shape: dict[str, Any] = {
         "num_classes": num_classes,
@@ -97,8 +101,12 @@ def load_pretrained_vit(
     }
     if checkpoint is not None:
         model = create_vit(name, model_args, **shape)
-        _load_file(model, checkpoint)
+        has_head = _load_file(model, checkpoint)
+        _check_head(name, has_head or will_train, num_classes)
         return model
+    published = timm.get_pretrained_cfg(name)
+    has_head = published is not None and published.num_classes == num_classes
+    _check_head(name, has_head or will_train, num_classes)
     try:
         return create_vit(name, model_args, pretrained=True, **shape)
     except ConfigError:
@@ -110,8 +118,16 @@ def load_pretrained_vit(
         ) from error
 
 
-def _load_file(model: VisionTransformer, path: Path) -> None:
-    """Loads a weights file; only a head for another number of classes may stay untouched."""
+def _check_head(name: str, is_usable: bool, num_classes: int) -> None:
+    if not is_usable:
+        raise ConfigError(
+            f"the weights of teacher {name} have no head for {num_classes} classes, so its "
+            "predictions would be noise; set teacher.finetune to train one"
+        )
+
+
+def _load_file(model: VisionTransformer, path: Path) -> bool:
+    """Loads a weights file and says whether its head fitted; all else has to fit."""
     if not path.is_file():
         raise CheckpointError(f"teacher.checkpoint {path} does not exist")
     try:
@@ -139,6 +155,7 @@ def _load_file(model: VisionTransformer, path: Path) -> None:
         raise CheckpointError(
             f"teacher.checkpoint {path} does not fit teacher.model: {'; '.join(problems[:5])}"
         )
+    return not any(name.startswith("head.") for name in missing)
 
 
 def _first_line(error: Exception) -> str:
@@ -153,6 +170,7 @@ def create_meta(
     num_classes: int,
     image_size: int,
     channels: int,
+    drop_path: float = 0.0,
 ) -> VisionTransformer:
     """Creates the meta model: the teacher's architecture with one block per module.
 
@@ -164,6 +182,7 @@ def create_meta(
         num_classes=num_classes,
         image_size=image_size,
         channels=channels,
+        drop_path=drop_path,
         depth=num_modules,
     )
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,15 @@ def write_checkpoint(
     partial = stage / f".{final.name}.tmp"
     try:
         stage.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in stage.glob(".step_*.tmp"):  # of a writer that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / _WEIGHTS
         )
         if state is not None:
             torch.save(state, partial / _STATE)
-        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         full_meta = {"format": FORMAT, "step": step, **meta, "sha256": hashes}
         (partial / _META).write_text(json.dumps(full_meta, indent=1, default=str))
         for path in partial.iterdir():
@@ -165,7 +166,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: The disk is full or the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.tmp")
+    # Jobs of one run may write the same file at the same time.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text)
@@ -186,7 +188,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise CheckpointError(f"checkpoint file {path} is damaged: its SHA-256 differs")
     try:
         weights = load_file(folder / _WEIGHTS)
@@ -238,9 +240,19 @@ def load_model(path: Path) -> tuple[VisionTransformer, Checkpoint]:
     return model.eval(), checkpoint
 
 
-def card_dict(card: ModelCard) -> dict[str, Any]:
-    """The card as plain values for `meta.json`."""
-    return asdict(card)
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object that m2mkd wrote.
+
+    Raises:
+        CheckpointError: It cannot be read or is something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; remove it to redo its stage") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} was not written by m2mkd; remove it to redo its stage")
+    return value
 
 
 def _find_step(path: Path) -> Path:
@@ -263,13 +275,10 @@ def _find_step(path: Path) -> Path:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / _META
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint of m2mkd: no {_META}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), dict):
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint of m2mkd: no {_META}")
+    meta = read_json(path)
+    if not isinstance(meta.get("sha256"), dict):
         raise CheckpointError(f"{path} was not written by m2mkd")
     if meta.get("format") != FORMAT:
         raise CheckpointError(
@@ -293,7 +302,8 @@ def write_failure(path: Path, error: Exception) -> CheckpointError:
 
 
 def _steps(stage: Path) -> list[Path]:
-    return sorted(stage.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in stage.glob("step_*") if folder.name[5:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[5:]))
 
 
 def _forget_old(stage: Path, keep: int) -> None:
@@ -304,7 +314,8 @@ def _forget_old(stage: Path, keep: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash of a file's contents, in hexadecimal."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

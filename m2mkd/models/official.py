@@ -37,6 +37,7 @@ _SINGLE_EXPERT = re.compile(
     r"(blocks\.\d+\.moe\.experts)\.(\d+)\.((?:htoh4|h4toh)\.(?:weight|bias))$"
 )
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
+_STAGE = re.compile(r"stages\.(\d+)\.(.+)$")
 
 
 def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
@@ -54,7 +55,8 @@ def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
 
     Returns:
         A timm `VisionTransformer`, a `VMoE`, or for one student module a `ViTStage`. The attribute
-        `loaded_tensors` maps every tensor's published name to ours.
+        `loaded_tensors` maps every tensor's published name to ours (`name[2]` for the part of
+        expert 2, where the published layout has one tensor per expert).
 
     Raises:
         ConfigError: Unknown kind or a config that lacks a size.
@@ -67,13 +69,17 @@ def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
     tensors = {
         name: torch.from_numpy(np.asarray(value)) if not isinstance(value, Tensor) else value
         for name, value in state_dict.items()
-        if not name.startswith(("stages.", "__"))
+        if not name.startswith("__")  # notes beside the tensors, such as `__aliases__`
     }
+    tensors = _without_repetitions(tensors)
+    experts = _fuse_experts(tensors)
     try:
         module, names = _LOADERS[kind](tensors, config)
     except KeyError as error:
         raise ConfigError(f"config of a {kind} checkpoint lacks {error}") from None
     _fill(module, {names[name]: tensor for name, tensor in tensors.items()}, kind)
+    for name, (fused, expert) in experts.items():
+        names[name] = f"{names[fused]}[{expert}]"
     object.__setattr__(module, "loaded_tensors", names)  # a plain dict, not a submodule
     return module.eval()
 
@@ -86,7 +92,6 @@ def _load_vit(tensors: dict[str, Tensor], config: Config) -> tuple[nn.Module, di
 
 def _load_vmoe(tensors: dict[str, Tensor], config: Config) -> tuple[nn.Module, dict[str, str]]:
     """m2mKD's VMoE with FastMoE experts, fused (up to 1.0.0) or one by one (from 1.0.1)."""
-    _fuse_experts(tensors)
     depth = _num_blocks(tensors)
     moe_pos = config.get("moe_pos")
     model = VMoE(
@@ -135,15 +140,49 @@ def _num_blocks(tensors: Mapping[str, Tensor]) -> int:
     return max(blocks) + 1
 
 
-def _fuse_experts(tensors: dict[str, Tensor]) -> None:
-    """Stacks per-expert tensors [1, ...] (FastMoE 1.0.1 and later) into [E, ...], in place."""
+def _without_repetitions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drops `stages.*` names, which repeat others; a stage's blocks count from 0.
+
+    Raises:
+        CheckpointError: One that repeats nothing, or has other values than what it repeats.
+    """
+    repeated = {name: match for name in tensors if (match := _STAGE.match(name))}
+    blocks_of: dict[int, int] = {}
+    for match in repeated.values():
+        if block := _BLOCK.match(match[2]):
+            stage = int(match[1])
+            blocks_of[stage] = max(blocks_of.get(stage, 0), int(block[1]) + 1)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in repeated}
+    for name, match in repeated.items():
+        original = match[2]
+        if block := _BLOCK.match(original):
+            earlier = sum(count for stage, count in blocks_of.items() if stage < int(match[1]))
+            original = f"blocks.{earlier + int(block[1])}.{block[2]}"
+        if original not in kept or not torch.equal(kept[original], tensors[name]):
+            raise CheckpointError(f"no place for {name}: it should repeat {original} and does not")
+    return kept
+
+
+def _fuse_experts(tensors: dict[str, Tensor]) -> dict[str, tuple[str, int]]:
+    """Stacks per-expert tensors [1, ...] (FastMoE 1.0.1 and later) into [E, ...], in place.
+
+    Returns:
+        For every name that was stacked, the fused one and the expert's number.
+
+    Raises:
+        CheckpointError: An expert between two others is missing.
+    """
     groups: dict[str, dict[int, str]] = {}
     for name in tensors:
         if match := _SINGLE_EXPERT.match(name):
             groups.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = name
+    placed: dict[str, tuple[str, int]] = {}
     for fused, members in groups.items():
-        parts = [tensors.pop(members[expert]) for expert in sorted(members)]
-        tensors[fused] = torch.cat(parts)
+        if sorted(members) != list(range(len(members))):
+            raise CheckpointError(f"{fused}: experts {sorted(members)} are there, others missing")
+        placed |= {name: (fused, expert) for expert, name in members.items()}
+        tensors[fused] = torch.cat([tensors.pop(members[e]) for e in range(len(members))])
+    return placed
 
 
 def _our_name(name: str) -> str:

@@ -70,15 +70,24 @@ def split_vit(vit: VisionTransformer, depths: Sequence[int]) -> nn.ModuleList:
     Running the stages one after the other is the ViT's forward pass.
 
     Raises:
-        ConfigError: The depths do not sum to the ViT's number of blocks.
+        ConfigError: The depths do not sum to the ViT's number of blocks, or the ViT has parts that
+            belong to no module (a distillation token).
     """
     check_depths(depths, len(vit.blocks))
     ends = torch.tensor(depths).cumsum(0).tolist()
     last = len(ends) - 1
-    return nn.ModuleList(
+    stages = nn.ModuleList(
         ViTStage(vit, end - depth, end, is_first=i == 0, is_last=i == last)
         for i, (depth, end) in enumerate(zip(depths, ends, strict=True))
     )
+    owned = {id(parameter) for parameter in stages.parameters()}
+    homeless = [name for name, p in vit.named_parameters() if id(p) not in owned]
+    if homeless:
+        raise ConfigError(
+            f"a {type(vit).__name__} cannot be cut into modules: {', '.join(homeless)} belong to "
+            "none of them; take a ViT with one class token and one head"
+        )
+    return stages
 
 
 def check_depths(depths: Sequence[int], num_blocks: int, *, what: str = "depths") -> None:

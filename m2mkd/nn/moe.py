@@ -4,15 +4,17 @@ Letters: T tokens, D width, H hidden width of an expert, E experts, K experts pe
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from m2mkd import ops
-from m2mkd.errors import ConfigError
+from m2mkd.errors import ConfigError, did_you_mean
 
 GateMode = Literal["softmax_selected", "softmax_all", "softmax_all_renorm"]
+GATE_MODES = get_args(GateMode)
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 class MoEMlp(nn.Module):
@@ -37,13 +39,14 @@ class MoEMlp(nn.Module):
             K*T/E; None drops nothing.
         eval_capacity_factor: The same at evaluation.
         prioritise: Fill capacity by descending gate weight (batch prioritised routing, V-MoE
-            section 4.1) instead of token order.
+            section 2.4) instead of token order.
         importance_weight: Weight of the squared coefficient of variation of summed gate mass.
         load_weight: Weight of the same of the smooth number of tokens per expert; needs noise.
         z_weight: Weight of the mean squared log-partition of the router (ST-MoE eq. 5).
 
     Raises:
-        ConfigError: num_selected exceeds num_experts, or load_weight without router_noise.
+        ConfigError: num_selected exceeds num_experts, load_weight without router_noise, an unknown
+            gate or activation, or an option that is not a number.
     """
 
     def __init__(
@@ -65,6 +68,18 @@ class MoEMlp(nn.Module):
         z_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_choice("gate", gate, GATE_MODES)
+        _check_choice("activation", activation, ACTIVATIONS)
+        _check_numbers(
+            num_experts=num_experts,
+            num_selected=num_selected,
+            router_noise=router_noise,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            z_weight=z_weight,
+        )
         if not 1 <= num_selected <= num_experts:
             raise ConfigError(
                 f"moe: num_selected={num_selected} is not between 1 and num_experts={num_experts}"
@@ -107,7 +122,8 @@ class MoEMlp(nn.Module):
             x: Tokens [..., D].
 
         Returns:
-            [..., D] in x's dtype. Tokens whose choices were all dropped by capacity give zeros.
+            [..., D] in x's dtype, under autocast in the region's. Tokens whose choices were all
+            dropped by capacity give zeros.
 
         Raises:
             ConfigError: A capacity factor that rounds to no row at all.
@@ -189,6 +205,18 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
         if isinstance(layer, MoEMlp) and layer.auxiliary_loss is not None
     ]
     return torch.stack(losses).sum() if losses else None
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        hint = did_you_mean(str(value), known)
+        raise ConfigError(f"moe: {name}={value!r} is none of {', '.join(known)}{hint}")
+
+
+def _check_numbers(**values: Any) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"moe: {name}={value!r} is not a number")
 
 
 def _squared_variation(values_E: Tensor) -> Tensor:

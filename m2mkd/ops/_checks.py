@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m2mkd.errors import ShapeError
+from m2mkd.errors import NotFiniteError, ShapeError
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 GATE_MODES = ("softmax_selected", "softmax_all", "softmax_all_renorm")
@@ -105,7 +105,7 @@ def check_gate(logits_TE: Tensor, k: int, mode: str) -> None:
         raise ShapeError(f"{op}: k={k} is not between 1 and the {logits_TE.shape[1]} experts")
     check_indexable(op, "T*E", logits_TE.shape[0] * logits_TE.shape[1])
     if is_eager() and bool(logits_TE.isnan().any()):
-        raise ShapeError(
+        raise NotFiniteError(
             f"{op}: the router's logits {tuple(logits_TE.shape)} hold NaN; look for a diverged "
             "loss or a bad input image"
         )

@@ -39,7 +39,8 @@ def topk_gate(logits_TE: Tensor, k: int, mode: str = "softmax_selected") -> tupl
         and expert numbers [T, K], int32.
 
     Raises:
-        ShapeError: A wrong shape, dtype, k or mode; NaN among the logits (looked for outside
+        ShapeError: A wrong shape, dtype, k or mode.
+        NotFiniteError: NaN among the logits (looked for outside
             tracing only, which on a GPU waits for the logits).
     """
     if _region_dtype(logits_TE) is not None:

@@ -125,7 +125,7 @@ class ImageData:
             smaller than `eval_batch_size`.
 
         Raises:
-            DataError: As for `train_batches`.
+            DataError: An image cannot be read and `on_bad_image` is fail.
         """
         order = list(range(len(self.validation)))
         size = self._config.eval_batch_size
@@ -171,6 +171,8 @@ class ImageData:
         )
         for images_BCHW, labels_B, unreadable in loader:
             self._leave_out(split, unreadable)
+            if not len(labels_B) and split == "validation":
+                continue
             if not len(labels_B):
                 raise DataError(
                     f"none of the {len(unreadable)} images of a {split} batch can be read; "

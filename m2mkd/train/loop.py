@@ -28,9 +28,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from m2mkd.errors import CheckpointError, ConfigError, TrainingError
+from m2mkd.errors import CheckpointError, ConfigError, NotFiniteError, TrainingError
 from m2mkd.models.checkpoint import (
     newest_checkpoint,
+    read_json,
     write_checkpoint,
     write_failure,
     write_text,
@@ -62,7 +63,8 @@ class Job:
     """One stage to train.
 
     Attributes:
-        name: As shown and as the source of its randomness, such as `distill/pair-00`.
+        name: As shown, such as `distill/pair-00`.
+        stage: Name of its plan, such as `distill`: the source of its randomness.
         task: Maps images and targets to a loss.
         schedule: How long and how fast.
         folder: Where checkpoints and metrics go.
@@ -75,6 +77,7 @@ class Job:
     """
 
     name: str
+    stage: str
     task: TrainingTask
     schedule: Schedule
     folder: Path
@@ -116,10 +119,7 @@ def read_done(folder: Path, expected_digest: str) -> dict[str, Any] | None:
     path = folder / "DONE"
     if not path.is_file():
         return None
-    try:
-        done: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; remove it to redo the stage") from None
+    done = read_json(path)
     return done if done.get("digest") == expected_digest else None
 
 
@@ -161,8 +161,12 @@ class _Trainer:
         self.device = context.accelerator.device
         job.task.to(self.device)
         self.module: nn.Module = job.task.get_trainable_module()  # type: ignore[assignment]
-        self.optimizer = context.accelerator.prepare(_make_optimizer(self.module, job))
-        self.scheduler = _make_scheduler(self.optimizer, job, self.steps_per_epoch)
+        self.optimizer = context.accelerator.prepare(
+            _make_optimizer(self.module, job.schedule, job.setting)
+        )
+        self.scheduler = _make_scheduler(
+            self.optimizer, job.schedule, job.setting, self.steps_per_epoch
+        )
         self.make_targets = _make_mixer(context.augment, context.data.num_classes)
         self.metrics = job.folder / "metrics.jsonl"
         self.latest: dict[str, Any] = {}
@@ -202,15 +206,20 @@ class _Trainer:
                 )
 
     def _train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        seed_everything(self.context.seed, self.job.name, self.step)
+        seed_everything(self.context.seed, self.job.stage, self.step)
         images, targets = self.make_targets(images.to(self.device), labels.to(self.device))
         self.job.task.train()
         self.scheduler.step_update(self.step)
-        with self.context.accelerator.autocast():
-            result = self.job.task(images, targets)
+        try:
+            with self.context.accelerator.autocast():
+                result = self.job.task(images, targets)
+        except NotFiniteError as error:
+            raise self._not_finite(f"{error}") from None
         numbers = {k: float(v.detach()) for k, v in result.items() if v.ndim == 0}
         if not math.isfinite(numbers["loss"]):
-            raise self._not_finite(numbers)
+            bad = [k.removesuffix("/loss") for k, v in numbers.items() if not math.isfinite(v)]
+            pairs = [f"{name}: " for name in bad if name.startswith("pair-")]
+            raise self._not_finite(f"{''.join(pairs[:1])}loss is {numbers['loss']}")
         self.optimizer.zero_grad(set_to_none=True)
         self.context.accelerator.backward(result["loss"])
         if self.job.schedule.clip_grad is not None:
@@ -222,15 +231,12 @@ class _Trainer:
         """Limits the gradient norm of each separately trained module, so that training pairs
         together or alone is the same."""
         if self.context.accelerator.scaler is not None:
-            self.context.accelerator.unscale_gradients()
+            self.context.accelerator.unscale_gradients(self.optimizer)
         is_pairs = isinstance(self.module, nn.ModuleDict)
         for part in self.module.children() if is_pairs else (self.module,):
             torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
 
-    def _not_finite(self, numbers: dict[str, float]) -> TrainingError:
-        bad = [k.removesuffix("/loss") for k, v in numbers.items() if not math.isfinite(v)]
-        pairs = [name for name in bad if name.startswith("pair-")]
-        where = f"stage {self.job.name}" + (f", {pairs[0]}" if pairs else "")
+    def _not_finite(self, what: str) -> TrainingError:
         pointer = self.job.folder / "last"
         kept = (
             f"the last good checkpoint is {self.job.folder / pointer.read_text().strip()}"
@@ -239,7 +245,7 @@ class _Trainer:
         )
         lr = self.job.schedule.lr
         return TrainingError(
-            f"loss is {numbers['loss']} in {where}, step {self.step}; {kept}; lower "
+            f"stage {self.job.name}, step {self.step}: {what}; {kept}; lower "
             f"{self.job.setting}.lr (now {lr:g}) or set {self.job.setting}.clip_grad"
         )
 
@@ -253,7 +259,10 @@ class _Trainer:
     def _evaluate(self, epoch: int) -> None:
         if self.job.evaluate is None:
             return
-        numbers = self.job.evaluate()
+        try:
+            numbers = self.job.evaluate()
+        except NotFiniteError as error:
+            raise self._not_finite(f"evaluation: {error}") from None
         self.latest["validation"] = numbers
         self._log({"step": self.step, "epoch": epoch, "validation": numbers})
 
@@ -310,9 +319,11 @@ class _Trainer:
         # A kill may have come between the checkpoint and the pointer to it.
         write_text(self.job.folder / "last", checkpoint.path.name)
         self.step = checkpoint.meta["step"]
-        self.latest = checkpoint.meta["latest"]
-        best = checkpoint.meta["best"]
+        self.latest = checkpoint.meta.get("latest", {})
+        best = checkpoint.meta.get("best")
         self.best = -math.inf if best is None else best
+        if best is not None and best == self.latest.get("validation", {}).get("top1"):
+            write_text(self.job.folder / "best", checkpoint.path.name)
         try:
             self.module.load_state_dict(checkpoint.weights)
             if self.step < self.total:
@@ -330,8 +341,17 @@ class _Trainer:
             )
 
 
-def _make_optimizer(module: nn.Module, job: Job) -> torch.optim.Optimizer:
-    schedule = job.schedule
+def check_schedule(schedule: Schedule, setting: str) -> None:
+    """Lets a schedule that cannot be followed fail before anything is trained.
+
+    Raises:
+        ConfigError: timm does not know the optimiser or scheduler.
+    """
+    optimizer = _make_optimizer(nn.Linear(1, 1), schedule, setting)
+    _make_scheduler(optimizer, schedule, setting, steps_per_epoch=1)
+
+
+def _make_optimizer(module: nn.Module, schedule: Schedule, setting: str) -> torch.optim.Optimizer:
     kept = [name for name, _ in module.named_parameters() if name.endswith(_NO_DECAY)]
     groups = param_groups_weight_decay(module, schedule.weight_decay, no_weight_decay_list=kept)
     try:
@@ -339,12 +359,11 @@ def _make_optimizer(module: nn.Module, job: Job) -> torch.optim.Optimizer:
             groups, opt=schedule.optimizer, lr=schedule.lr, weight_decay=schedule.weight_decay
         )
     except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"{job.setting}.optimizer={schedule.optimizer!r}: {error}") from None
+        raise ConfigError(f"{setting}.optimizer={schedule.optimizer!r}: {error}") from None
     return optimizer
 
 
-def _make_scheduler(optimizer: Any, job: Job, steps_per_epoch: int) -> Any:
-    schedule = job.schedule
+def _make_scheduler(optimizer: Any, schedule: Schedule, setting: str, steps_per_epoch: int) -> Any:
     try:
         scheduler, _ = create_scheduler_v2(
             getattr(optimizer, "optimizer", optimizer),
@@ -356,10 +375,13 @@ def _make_scheduler(optimizer: Any, job: Job, steps_per_epoch: int) -> Any:
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
         )
-    except ValueError as error:
-        raise ConfigError(f"{job.setting}.scheduler={schedule.scheduler!r}: {error}") from None
-    if scheduler is None:
-        raise ConfigError(f"{job.setting}.scheduler={schedule.scheduler!r}: use constant instead")
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"{setting}.scheduler={schedule.scheduler!r}: {error}") from None
+    if scheduler is None or schedule.scheduler == "plateau":
+        raise ConfigError(
+            f"{setting}.scheduler={schedule.scheduler!r} does not follow from the step alone, "
+            "which resuming needs; use cosine"
+        )
     return scheduler
 
 
@@ -368,11 +390,12 @@ def _make_mixer(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Returns what turns images and labels [B] into (mixed) images and probabilities [B, C]."""
     smoothing = augment.label_smoothing
+
+    def smooth(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images, mixup_target(labels, num_classes, lam=1.0, smoothing=smoothing)
+
     if not augment.mixes_images:
-        return lambda images, labels: (
-            images,
-            mixup_target(labels, num_classes, lam=1.0, smoothing=smoothing),
-        )
+        return smooth
     mixup = Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
@@ -381,11 +404,28 @@ def _make_mixer(
     )
 
     def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if len(labels) == 1:
+            return smooth(images, labels)
         even = len(labels) - len(labels) % 2  # mixup pairs images; a skipped one can leave one over
         mixed: tuple[Tensor, Tensor] = mixup(images[:even].clone(), labels[:even])
         return mixed
 
     return mix
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a stage's metrics.jsonl; none when there is no such file.
+
+    Raises:
+        CheckpointError: A line is no JSON.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {path}: {error}; remove it") from None
 
 
 def _truncate(metrics: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """The networks of a run, built from its recipe and data, and the checks that need no training."""
 
 import platform
+import warnings
 from typing import Any
 
 import timm
@@ -10,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 import m2mkd
 from m2mkd.distill import stitch_args
 from m2mkd.distill.assembly import Assembly
-from m2mkd.errors import ConfigError
+from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models import VMoE, create_meta, create_vit, load_pretrained_vit, resolve_depths
 from m2mkd.models.checkpoint import ModelCard
 from m2mkd.nn import MoEMlp
@@ -25,12 +26,18 @@ class Networks:
     Attributes:
         teacher_depths: Blocks per teacher module.
         student_depths: Blocks per student module.
+        teacher_dim: Width of teacher and meta model.
+        parameters: Number of parameters of `teacher` and `student`.
 
     Raises:
         ConfigError: Models that cannot be built, or do not fit each other.
+        CheckpointError: The teacher's weights file does not exist.
     """
 
     def __init__(self, recipe: Recipe, data: ImageData) -> None:
+        file = recipe.teacher.checkpoint
+        if file is not None and not file.is_file():
+            raise CheckpointError(f"teacher.checkpoint {file} does not exist")
         self.recipe = recipe
         self._data = data
         self._shape: dict[str, Any] = {
@@ -69,7 +76,11 @@ class Networks:
         self._seed("meta")
         teacher = self.recipe.teacher
         return create_meta(
-            teacher.model, teacher.model_args, num_modules=self.num_modules, **self._shape
+            teacher.model,
+            teacher.model_args,
+            num_modules=self.num_modules,
+            drop_path=self.recipe.meta.drop_path,
+            **self._shape,
         )
 
     def teacher(self, drop_path: float = 0.0) -> VisionTransformer:
@@ -78,13 +89,29 @@ class Networks:
         teacher = self.recipe.teacher
         if not teacher.is_given:
             return self._fresh_teacher(drop_path)
-        return load_pretrained_vit(
+        model = load_pretrained_vit(
             teacher.model,
             teacher.model_args,
             checkpoint=teacher.checkpoint,
             drop_path=drop_path,
+            will_train=teacher.finetune is not None,
             **self._shape,
         )
+        self._check_normalisation(model)
+        return model
+
+    def _check_normalisation(self, teacher: VisionTransformer) -> None:
+        """Warns when images are normalised otherwise than the given weights expect."""
+        published = getattr(teacher, "pretrained_cfg", {})
+        ours = self._data.preprocessing
+        for key in ("mean", "std"):
+            expected = published.get(key)
+            if expected and list(expected) != list(ours[key]) and len(expected) == len(ours[key]):
+                warnings.warn(
+                    f"teacher {self.recipe.teacher.model} was published with data.{key} "
+                    f"{list(expected)}, this recipe has {list(ours[key])}",
+                    stacklevel=2,
+                )
 
     def distilled_student(self) -> VMoE:
         """The student with stitches on both sides of every module boundary, as it is distilled."""

@@ -28,20 +28,47 @@ class StagePlan:
     setting: str
 
 
-def plan_run(recipe: Recipe) -> dict[str, StagePlan]:
+@dataclass(frozen=True)
+class Facts:
+    """What determines results besides the recipe.
+
+    Attributes:
+        data: Names of the classes and numbers of images, as JSON-able values.
+        teacher_depths: Blocks per teacher module.
+        student_depths: Blocks per student module.
+        teacher_weights: Hash of the given weights file; None when there is none.
+    """
+
+    data: list[Any]
+    teacher_depths: list[int]
+    student_depths: list[int]
+    teacher_weights: str | None
+
+
+def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
     """Lists the stages of a recipe, in order, by folder name.
 
-    Settings that do not change results (data folder, workers, joint or separate pairs) are left
-    out of the digests, so that changing them repeats nothing.
+    What does not change results is left out of the digests, so that changing it repeats nothing:
+    where the data and the weights file lie, workers, what an unreadable image does (a complete
+    stage met none, or left them out), and whether pairs are trained together. (With drop path or
+    router noise the two ways draw other random numbers; one is as good as the other.)
     """
-    data = recipe.data.model_dump(mode="json", exclude={"root", "workers", "eval_batch_size"})
-    base = digest(recipe.seed, recipe.precision, data)
-    teacher, student, distill = recipe.teacher, _dump(recipe.student), recipe.distill
-    asked = teacher.depths if teacher.depths != "auto" else recipe.student.depths
-    count = asked if asked == "auto" else len(asked)
+    ignored = {"root", "workers", "eval_batch_size", "on_bad_image"}
+    data = recipe.data.model_dump(mode="json", exclude=ignored)
+    base = digest(recipe.seed, recipe.precision, data, facts.data)
+    teacher, distill = recipe.teacher, recipe.distill
+    student = _dump(recipe.student, exclude={"depths"})
+    fresh_teacher = (teacher.model, teacher.model_args, facts.teacher_depths)
+    count = len(facts.teacher_depths)
     meta = digest(base, "meta", _dump(recipe.meta), teacher.model, teacher.model_args, count)
-    taught = digest(meta, "teacher", _dump(teacher))
-    pairs = digest(taught, student, _dump(distill, exclude={"mode", "assembly"}))
+    weights = teacher.pretrained, facts.teacher_weights
+    schedules = _dump(
+        teacher, exclude={"model", "model_args", "depths", "pretrained", "checkpoint"}
+    )
+    taught = digest(meta, "teacher", fresh_teacher, weights, schedules)
+    pairs = digest(
+        taught, student, facts.student_depths, _dump(distill, exclude={"mode", "assembly"})
+    )
     final = digest(pairs, distill.assembly, _dump(recipe.end_to_end))
     alone = digest(base, student, _dump(recipe.end_to_end))
 
@@ -51,7 +78,7 @@ def plan_run(recipe: Recipe) -> dict[str, StagePlan]:
             StagePlan(
                 "teacher",
                 "incubation",
-                digest(meta, _dump(teacher, exclude={"finetune"})),
+                digest(meta, "incubation", fresh_teacher, schedules["incubate"]),
                 teacher.incubate,
                 "teacher.incubate",
             )

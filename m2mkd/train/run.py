@@ -26,19 +26,20 @@ from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models import split_vit
 from m2mkd.models.checkpoint import (
     ModelCard,
-    card_dict,
     load_model,
     newest_checkpoint,
     read_checkpoint,
+    read_json,
+    sha256,
     write_checkpoint,
     write_text,
 )
 from m2mkd.recipe import Recipe
 from m2mkd.train.data import ImageData
-from m2mkd.train.evaluate import evaluate_model
-from m2mkd.train.loop import Context, Job, fit, read_done
+from m2mkd.train.evaluate import Evaluation, evaluate_model
+from m2mkd.train.loop import Context, Job, check_schedule, fit, read_done, read_metrics
 from m2mkd.train.networks import Networks, versions
-from m2mkd.train.plan import STAGES, StagePlan, plan_run, stage_folders
+from m2mkd.train.plan import STAGES, Facts, StagePlan, plan_run, stage_folders
 from m2mkd.train.progress import Reporter
 
 
@@ -61,36 +62,35 @@ class Run:
         self.reporter = reporter
         self.data = ImageData(recipe.data, recipe.seed)
         self.networks = Networks(recipe, self.data)
-        self.plan = plan_run(recipe)
-        self._context: Context | None = None
+        self.plan = plan_run(recipe, self._facts())
+        for plan in self.plan.values():
+            if plan.schedule is not None:
+                check_schedule(plan.schedule, plan.setting)
+        self.device: torch.device = _make_accelerator(recipe).device
 
-    @property
-    def context(self) -> Context:
-        """Device, precision and what else all stages share; made when first needed."""
-        if self._context is None:
-            self._context = Context(
-                accelerator=_make_accelerator(self.recipe),
-                data=self.data,
-                augment=self.recipe.data.augment,
-                seed=self.recipe.seed,
-                reporter=self.reporter,
-                checkpoint_every=self.recipe.checkpoint_every,
-            )
-        return self._context
+    def _facts(self) -> Facts:
+        file = self.recipe.teacher.checkpoint
+        return Facts(
+            data=[self.data.class_names, len(self.data.train), len(self.data.validation)],
+            teacher_depths=self.networks.teacher_depths,
+            student_depths=self.networks.student_depths,
+            teacher_weights=None if file is None else sha256(file),
+        )
 
-    @property
-    def device(self) -> torch.device:
-        """Where networks are trained and evaluated."""
-        device: torch.device = self.context.accelerator.device
-        return device
+    def prepare_folder(self, pair: int | None = None) -> None:
+        """Writes the resolved recipe; earlier stages of other settings are set aside, not lost.
 
-    def prepare_folder(self) -> None:
-        """Writes the resolved recipe; earlier stages of other settings are set aside, not lost."""
+        Args:
+            pair: Look at this pair's folder only: others may be written by other jobs right now.
+        """
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         facts = ", ".join(f"{name} {version}" for name, version in versions().items())
         write_text(self.out / "recipe.yaml", f"# resolved by {facts}\n{text}")
         for plan in self.plan.values():
-            for folder in self._owned_folders(plan):
+            folders = self._owned_folders(plan)
+            if pair is not None:
+                folders = [self._pair_folder(pair)] if plan.stage == "distill" else []
+            for folder in folders:
                 found = _digest_of(folder)
                 if found not in (None, plan.digest):
                     self.set_aside(folder, "its settings changed")
@@ -125,7 +125,8 @@ class Run:
         schedule = self.recipe.teacher.finetune
         teacher = self.networks.teacher(schedule.drop_path if schedule else 0.0)
         if "incubation" in self.plan:
-            modules = self._module_weights(self.out / "incubation")
+            weights = read_checkpoint(_last(self.out / "incubation")).weights
+            modules = [_of_pair(weights, i) for i in range(self.networks.num_modules)]
             assemble(teacher, self.networks.teacher_depths, modules)
         card = self.networks.card("teacher")
         if schedule is not None:
@@ -148,10 +149,13 @@ class Run:
             )
         plan = self.plan["distill"]
         open_pairs = [i for i in indices if read_done(self._pair_folder(i), plan.digest) is None]
-        if pair is None and self.recipe.distill.mode == "joint":
-            if open_pairs:
-                self._fit_pairs(list(range(self.networks.num_modules)), self.out / "distill/joint")
-                self._split_joint(plan)
+        if not open_pairs:
+            return
+        # Pairs that were begun alone are finished alone: a joint pass would train them again.
+        is_joint = self.recipe.distill.mode == "joint" and pair is None
+        if is_joint and not any(self._was_begun_alone(i) for i in indices):
+            self._fit_pairs(indices, self.out / "distill" / "joint")
+            self._split_joint(plan)
             return
         for i in open_pairs:
             self._fit_pairs([i], self._pair_folder(i))
@@ -160,12 +164,7 @@ class Run:
         """Assembles the student from its trained modules and trains it on labels."""
         assembly = self.recipe.distill.assembly
         student = self.networks.student(assembly)
-        modules = [
-            read_checkpoint(_last(self._pair_folder(i))).weights
-            for i in range(self.networks.num_modules)
-        ]
-        modules = [_strip_pair(weights) for weights in modules]
-        report = assemble(student, self.networks.student_depths, modules, assembly)
+        report = assemble(student, self.networks.student_depths, self._pair_weights(), assembly)
         self._record_start("end_to_end", student, asdict(report))
         self._supervise("end_to_end", student, self.networks.card("student", assembly))
 
@@ -195,9 +194,8 @@ class Run:
         """The distilled student modules, with their stitches, on the run's device."""
         student = self.networks.distilled_student()
         stages = split_vit(student, self.networks.student_depths)
-        for i, stage in enumerate(stages):
-            weights = read_checkpoint(_last(self._pair_folder(i))).weights
-            stage.load_state_dict(_strip_pair(weights))
+        for stage, weights in zip(stages, self._pair_weights(), strict=True):
+            stage.load_state_dict(weights)
         return list(stages.to(self.device).eval())
 
     def _incubate(self) -> None:
@@ -236,21 +234,25 @@ class Run:
             weights = {k: v for k, v in joint.weights.items() if k.startswith(f"{name}.")}
             folder = self._pair_folder(i)
             step = joint.meta["step"]
-            meta = {"stage": f"distill/{name}", "digest": plan.digest}
+            meta = {"stage": f"distill/{name}", "digest": plan.digest, "trained": "joint"}
             write_checkpoint(folder, step, weights, meta=meta)
+            write_text(folder / "metrics.jsonl", _metrics_of_pair(self.out / "distill/joint", name))
             done = {"digest": plan.digest, "steps": step, "trained": "joint"}
             write_text(folder / "DONE", json.dumps(done, indent=1))
 
     def _meta_stages(self) -> list[nn.Module]:
         return list(split_vit(self.load("meta"), [1] * self.networks.num_modules))
 
-    def _module_weights(self, folder: Path) -> list[dict[str, Tensor]]:
-        weights = read_checkpoint(_last(folder)).weights
-        names = [pair_name(i) for i in range(self.networks.num_modules)]
+    def _pair_weights(self) -> list[dict[str, Tensor]]:
+        """Trained weights of every student module, under the module's own names."""
         return [
-            {k.removeprefix(f"{n}."): v for k, v in weights.items() if k.startswith(f"{n}.")}
-            for n in names
+            _of_pair(read_checkpoint(_last(self._pair_folder(i))).weights, i)
+            for i in range(self.networks.num_modules)
         ]
+
+    def _was_begun_alone(self, index: int) -> bool:
+        checkpoint, _ = newest_checkpoint(self._pair_folder(index))
+        return checkpoint is not None and checkpoint.meta.get("trained") != "joint"
 
     def _pair_folder(self, index: int) -> Path:
         return self.out / "distill" / pair_name(index)
@@ -268,7 +270,7 @@ class Run:
             task,
             self.out / name,
             evaluate=lambda: asdict(self.evaluate(model)),
-            meta={"card": card_dict(card)},
+            meta={"card": asdict(card)},
         )
 
     def _fit(
@@ -285,6 +287,7 @@ class Run:
             raise ConfigError(f"{name} has no schedule to train with")
         job = Job(
             name=str(folder.relative_to(self.out)),
+            stage=name,
             task=task,
             schedule=plan.schedule,
             folder=folder,
@@ -293,16 +296,25 @@ class Run:
             meta=meta or {},
             setting=plan.setting,
         )
-        fit(job, self.context)
+        context = Context(
+            # A new one for every job: accelerate keeps optimisers and loss scale of earlier ones.
+            accelerator=_make_accelerator(self.recipe),
+            data=self.data,
+            augment=self.recipe.data.augment,
+            seed=self.recipe.seed,
+            reporter=self.reporter,
+            checkpoint_every=self.recipe.checkpoint_every,
+        )
+        fit(job, context)
 
-    def evaluate(self, model: nn.Module) -> Any:
+    def evaluate(self, model: nn.Module) -> Evaluation:
         """Grades a network on the validation images."""
         return evaluate_model(model, self.data.validation_batches(), self.device)
 
     def _store(self, name: str, model: VisionTransformer, card: ModelCard) -> None:
         """Keeps a network that needs no training as a complete stage."""
         plan = self.plan[name]
-        meta = {"card": card_dict(card), "stage": name, "digest": plan.digest}
+        meta = {"card": asdict(card), "stage": name, "digest": plan.digest}
         write_checkpoint(self.out / name, 0, model.state_dict(), meta=meta)
         done = {"digest": plan.digest, "steps": 0}
         write_text(self.out / name / "DONE", json.dumps(done, indent=1))
@@ -311,7 +323,7 @@ class Run:
         """Measures an assembled network before it is trained end to end, once."""
         path = self.out / name / "assembly.json"
         digest = self.plan[name].digest
-        if path.is_file() and json.loads(path.read_text()).get("digest") == digest:
+        if path.is_file() and read_json(path).get("digest") == digest:
             return
         accuracy = asdict(self.evaluate(model.to(self.device)))
         facts = {"digest": digest, "accuracy": accuracy, **facts}
@@ -352,7 +364,7 @@ def train(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     run = Run(recipe, out, reporter)
-    run.prepare_folder()
+    run.prepare_folder(pair)
     redone = STAGES if fresh else STAGES[STAGES.index(from_stage) :] if from_stage else ()
     for plan in run.plan.values():
         if plan.stage in redone:
@@ -401,22 +413,24 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=False)
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.precision]
     try:
-        return Accelerator(mixed_precision=mixed)
+        accelerator = Accelerator(mixed_precision=mixed)
     except ValueError as error:
         raise ConfigError(f"precision {recipe.precision}: {error}; set precision: fp32") from None
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU; set precision: bf16 or fp32")
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"started as {accelerator.num_processes} processes, but training runs in one; start "
+            "it without torchrun, and one job per pair with --stage distill --pair N"
+        )
+    return accelerator
 
 
 def _digest_of(folder: Path) -> str | None:
     """Digest that a stage folder was made for, or None when there is nothing in it."""
     done = folder / "DONE"
     if done.is_file():
-        try:
-            found = json.loads(done.read_text()).get("digest")
-            return str(found)
-        except ValueError:
-            raise CheckpointError(
-                f"cannot read {done}; remove it to have the stage checked again"
-            ) from None
+        return str(read_json(done).get("digest"))
     checkpoint, _ = newest_checkpoint(folder)
     return None if checkpoint is None else str(checkpoint.meta.get("digest"))
 
@@ -428,6 +442,17 @@ def _last(folder: Path) -> Path:
     return folder / pointer.read_text().strip()
 
 
-def _strip_pair(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of one pair under the module's own names (`pair-00.blocks...` -> `blocks...`)."""
-    return {name.split(".", 1)[1]: tensor for name, tensor in weights.items()}
+def _of_pair(weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Weights of one module under its own names (`pair-00.blocks...` -> `blocks...`)."""
+    prefix = f"{pair_name(index)}."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def _metrics_of_pair(joint: Path, name: str) -> str:
+    """Lines of a joint metrics.jsonl with one pair's loss and accuracy, as if trained alone."""
+    kept = []
+    for line in read_metrics(joint):
+        own = {k: v for k, v in line.items() if k in ("step", "epoch", "lr")}
+        own |= {k: v for k, v in line.items() if k.startswith(name)}
+        kept.append(json.dumps({**own, "loss": line[f"{name}/loss"]}) + "\n")
+    return "".join(kept)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from m2mkd.distill import run_hybrid
-from m2mkd.errors import CheckpointError
+from m2mkd.distill import pair_name, run_hybrid
 from m2mkd.models import split_vit
-from m2mkd.models.checkpoint import write_failure, write_text
+from m2mkd.models.checkpoint import read_json, write_failure, write_text
 from m2mkd.train.evaluate import evaluate_model
+from m2mkd.train.loop import read_metrics
 
 if TYPE_CHECKING:
     from m2mkd.train.run import Run
@@ -30,9 +30,7 @@ def summarise(run: "Run") -> dict[str, Any]:
         "teacher": _top1(run, "teacher"),
         "teacher_hybrids": _hybrids(run, list(_teacher_modules(run))),
         "student_hybrids": _hybrids(run, run.pair_modules()),
-        "assembled": json.loads((run.out / "end_to_end" / "assembly.json").read_text())["accuracy"][
-            "top1"
-        ],
+        "assembled": read_json(run.out / "end_to_end" / "assembly.json")["accuracy"]["top1"],
         "m2mkd": _top1(run, "end_to_end"),
     }
     for name in run.recipe.baselines:
@@ -52,6 +50,8 @@ def summarise(run: "Run") -> dict[str, Any]:
         },
         "seconds": {name: _seconds(run, name) for name in run.plan},
     }
+    if run.data.bad_images:
+        run.reporter.message(f"{run.data.bad_images} unreadable images were left out")
     write_text(run.out / "summary.json", json.dumps(summary, indent=1))
     _write_samples(run)
     _plot_curves(run)
@@ -59,7 +59,7 @@ def summarise(run: "Run") -> dict[str, Any]:
 
 
 def _top1(run: "Run", name: str) -> float:
-    return round(float(run.evaluate(run.load(name)).top1), 3)
+    return round(run.evaluate(run.load(name)).top1, 3)
 
 
 def _teacher_modules(run: "Run") -> nn.ModuleList:
@@ -90,14 +90,10 @@ class _Hybrid(nn.Module):
 def _seconds(run: "Run", name: str) -> float:
     """Training time of a stage over all sittings."""
     folder = run.out / name
-    parts = [folder / "joint"] if (folder / "joint").is_dir() else sorted(folder.glob("pair-*"))
-    total = 0.0
-    for part in parts or [folder]:
-        try:
-            total += float(json.loads((part / "DONE").read_text()).get("seconds", 0.0))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {part / 'DONE'}: {error}") from None
-    return round(total, 1)
+    is_joint = (folder / "joint" / "DONE").is_file()
+    parts = [folder / "joint"] if is_joint else sorted(folder.glob("pair-*")) or [folder]
+    seconds = [float(read_json(part / "DONE").get("seconds", 0.0)) for part in parts]
+    return round(sum(seconds), 1)
 
 
 def _write_samples(run: "Run") -> None:
@@ -121,7 +117,7 @@ def _plot_curves(run: "Run") -> None:
     FigureCanvasAgg(figure)
     accuracy, losses = figure.subplots(1, 2)
     for name, plan in run.plan.items():
-        lines = _metrics(run, name)
+        lines = read_metrics(run.out / name)
         points = [(x["epoch"] + 1, x["validation"]["top1"]) for x in lines if "validation" in x]
         if points and plan.stage in ("end_to_end", "baselines"):
             epochs, values = zip(*points, strict=True)
@@ -132,9 +128,8 @@ def _plot_curves(run: "Run") -> None:
     accuracy.set(xlabel="end-to-end epoch", ylabel="top-1 accuracy, %", title="Student")
     accuracy.legend()
     for i in range(run.networks.num_modules):
-        key = f"pair-{i:02d}/loss"
-        points = [(x["step"], x[key]) for x in _metrics(run, f"distill/pair-{i:02d}") if key in x]
-        points = points or [(x["step"], x[key]) for x in _metrics(run, "distill/joint") if key in x]
+        lines = read_metrics(run.out / "distill" / pair_name(i))
+        points = [(x["step"], x["loss"]) for x in lines]
         if points:
             losses.plot(*zip(*points, strict=True), label=f"pair {i}", linewidth=1)
     losses.set(xlabel="step", ylabel="loss", title="m2mKD pairs")
@@ -143,10 +138,3 @@ def _plot_curves(run: "Run") -> None:
         figure.savefig(run.out / "curves.png", dpi=120)
     except OSError as error:
         raise write_failure(run.out / "curves.png", error) from error
-
-
-def _metrics(run: "Run", name: str) -> list[dict[str, Any]]:
-    path = run.out / name / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,6 +1,7 @@
 """Our models, hybrids and losses against numbers computed by the papers' published code."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from m2mkd.distill import PairLossSettings, distillation_loss, freeze, run_hybrid, run_pairs
 from m2mkd.errors import CheckpointError
-from m2mkd.models import official, split_vit
+from m2mkd.models import VMoE, official, split_vit
 from m2mkd.ops import topk_gate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -110,6 +111,11 @@ def test_later_fastmoe_layout_loads_the_same_network() -> None:
     model = official.load("vmoe", state, golden.config)
     with torch.no_grad():
         assert_near(model(golden["in/x"]), golden["out/logits"])
+    name = "blocks.1.moe.experts.2.htoh4.bias"
+    assert model.loaded_tensors[name] == "blocks.1.mlp.fc1_bias[2]"
+    del state[name]
+    with pytest.raises(CheckpointError, match=r"experts \[0, 1, 3\] are there"):
+        official.load("vmoe", state, golden.config)
 
 
 @pytest.mark.parametrize("change", ["extra", "missing", "shape"])
@@ -127,6 +133,77 @@ def test_tensors_that_do_not_fit_are_named(change: str) -> None:
         expected = r"head.bias has shape \[7\], not \[10\]"
     with pytest.raises(CheckpointError, match=expected):
         official.load("vit", state, golden.config)
+
+
+def published_vmoe(**options: object) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A V-MoE of ours with random weights, and its state dict under the published names."""
+    model = VMoE(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        num_heads=3,
+        depth=4,
+        num_classes=10,
+        num_experts=4,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        **options,
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = {value: name for name, value in official._MOE_NAMES.items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        head, block, tail = name.split(".", 2) if name.startswith("blocks.") else ("", "", "")
+        state[f"{head}.{block}.{ours[tail]}" if tail in ours else name] = value
+    return model, state
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"moe_blocks": [1, 3]}, {"moe_pos": [1, 3]}),
+        (
+            {"post_stitch_blocks": [1], "pre_stitch_blocks": [2], "stitch_dim": 64},
+            {"post_stitch_pos": [1], "pre_stitch_pos": [2], "stitch_dim": 64},
+        ),
+    ],
+)
+def test_published_options_load_the_network_they_describe(options: dict, config: dict) -> None:
+    model, state = published_vmoe(**options)
+    golden = Golden("vmoe")
+    loaded = official.load("vmoe", state, {**golden.config, **config})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(golden["in/x"]), model(golden["in/x"]))
+    assert set(loaded.loaded_tensors) == set(state)
+
+
+def test_a_middle_student_module_has_stitches_on_both_sides() -> None:
+    model, state = published_vmoe(
+        post_stitch_blocks=[3], pre_stitch_blocks=[0], stitch_dim=64, moe_blocks="all"
+    )
+    middle = {name: value for name, value in state.items() if name.startswith("blocks.")}
+    config = {**Golden("vmoe").config, "is_student": True, "idx": 1, "stitch_dim": 64}
+    config |= {"pre_stitch_pos": [0], "post_stitch_pos": [3]}
+    stage = official.load("vmoe", middle, config)
+    tokens = torch.randn(3, 17, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(stage(tokens), model.blocks(tokens))
+
+
+def test_repetitions_under_stages_must_repeat() -> None:
+    golden = Golden("vit_teacher_2_2")
+    state = golden.group("state")
+    repeated = {
+        alias.split("=")[0]: state[alias.split("=")[1]]
+        for alias in state.pop("__aliases__").tolist()
+    }
+    assert len(repeated) > 20
+    official.load("vit", {**state, **repeated}, golden.config)
+    name = "stages.1.blocks.0.norm1.weight"
+    with pytest.raises(CheckpointError, match=r"should repeat blocks\.2\.norm1\.weight"):
+        official.load("vit", {**state, **repeated, name: repeated[name] + 1}, golden.config)
+    with pytest.raises(CheckpointError, match=r"no place for stages\.7\.bogus"):
+        official.load("vit", {**state, "stages.7.bogus": state["cls_token"]}, golden.config)
 
 
 class Pair:

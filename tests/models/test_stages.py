@@ -62,6 +62,11 @@ def test_depths_that_do_not_fit_say_what_would(depths: list[int], message: str) 
     assert message in str(caught.value)
 
 
+def test_a_vit_with_parts_of_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dist_token.*belong to none"):
+        split_vit(create_vit("deit_tiny_distilled_patch16_224", SMALL, **SHAPE), [2, 2])
+
+
 def test_balanced_depths_give_the_remainder_to_early_modules() -> None:
     assert balanced_depths(7, 3) == [3, 2, 2]
     with pytest.raises(ConfigError, match="8 modules need"):
@@ -88,12 +93,12 @@ def test_meta_model_has_one_block_per_module_and_the_teachers_width() -> None:
         ("vmoe_tiny_patch16_224", {"moe_blocks": [12]}, "blocks go from 0 to 11"),
         ("vmoe_tiny_patch16_224", {"num_selected": 9}, "not between 1 and num_experts=8"),
         ("vmoe_tiny_patch16_224", {"load_weight": 1.0}, "needs router_noise"),
-        ("vmoe_tiny_patch16_224", {"act_layer": "swish"}, "experts have no activation|gelu"),
+        ("vmoe_tiny_patch16_224", {"act_layer": "hard_swish"}, "experts have no activation"),
+        ("vmoe_tiny_patch16_224", {"gate": "softmax_al"}, "did you mean 'softmax_all'"),
+        ("vmoe_tiny_patch16_224", {"router_noise": "high"}, "router_noise='high' is not a number"),
     ],
 )
 def test_models_that_cannot_be_built_say_why(name: str, args: dict, message: str) -> None:
-    if args.get("act_layer") == "swish":
-        args = {"act_layer": "hard_swish"}
     with pytest.raises(ConfigError, match=message):
         create_vit(name, args, num_classes=5, image_size=32, channels=3)
 

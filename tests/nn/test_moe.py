@@ -68,8 +68,6 @@ def test_importance_loss_is_zero_for_even_routing() -> None:
     moe(torch.randn(6, 8))
     assert auxiliary_loss(moe).item() == pytest.approx(0.0, abs=1e-9)
     torch.nn.init.normal_(moe.router.weight)
-    moe(torch.randn(6, 8))
-    importance = None
     x = torch.randn(6, 8)
     moe(x)
     importance = moe.router(x).softmax(1).sum(0)
@@ -77,11 +75,30 @@ def test_importance_loss_is_zero_for_even_routing() -> None:
     assert auxiliary_loss(moe).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_load_and_z_losses_reach_the_router() -> None:
-    moe = layer(load_weight=1.0, z_weight=0.1, router_noise=1.0).train()
-    moe(torch.randn(6, 8))
-    auxiliary_loss(moe).backward()
+def test_load_loss_counts_how_often_fresh_noise_would_choose_an_expert() -> None:
+    moe = layer(load_weight=1.0, router_noise=1.0).train()
+    x = torch.randn(6, 8)
+    torch.manual_seed(3)
+    moe(x)
+    loss = auxiliary_loss(moe)
+    torch.manual_seed(3)
+    clean = moe.router(x)
+    noisy = clean + torch.randn_like(clean) / 4
+    threshold = noisy.topk(2, dim=1).values[:, 1:]
+    trials = clean[:, :, None] + torch.randn(6, 4, 200_000) / 4
+    load = (trials > threshold[:, :, None]).float().mean(dim=2).mean(dim=0)
+    expected = (load.std(unbiased=False) / load.mean()) ** 2
+    assert loss.item() == pytest.approx(expected.item(), rel=0.03)
+    loss.backward()
     assert moe.router.weight.grad.abs().sum() > 0
+
+
+def test_z_loss_is_the_mean_squared_log_partition() -> None:
+    moe = layer(z_weight=0.5).train()
+    x = torch.randn(6, 8)
+    moe(x)
+    expected = 0.5 * moe.router(x).logsumexp(1).square().mean()
+    torch.testing.assert_close(auxiliary_loss(moe), expected)
 
 
 def test_noise_acts_in_training_only() -> None:
@@ -99,4 +116,8 @@ def test_half_precision_autocast_routes_in_float32() -> None:
     expected = moe(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = moe(x)
+        logits, _ = moe._logits(x.bfloat16())
     torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
+    assert logits.dtype == torch.float32
+    exact = moe.router(x.bfloat16().float())
+    torch.testing.assert_close(logits, exact, atol=1e-6, rtol=1e-6)

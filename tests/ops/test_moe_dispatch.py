@@ -16,7 +16,7 @@ from op_testing import (
 from torch import Tensor
 
 from m2mkd import ops
-from m2mkd.errors import ShapeError
+from m2mkd.errors import NotFiniteError, ShapeError
 from m2mkd.ops import reference
 
 MODES = ["softmax_selected", "softmax_all", "softmax_all_renorm"]
@@ -93,7 +93,7 @@ def test_gate_breaks_ties_towards_the_lower_expert(device: str) -> None:
 @pytest.mark.parametrize("module", [ops, reference])
 def test_gate_refuses_nan_and_impossible_arguments(module: object) -> None:
     gate = module.topk_gate  # type: ignore[attr-defined]
-    with pytest.raises(ShapeError, match="NaN"):
+    with pytest.raises(NotFiniteError, match="NaN"):
         gate(torch.tensor([[0.0, torch.nan]]), 1)
     with pytest.raises(ShapeError, match="k=3"):
         gate(torch.zeros(2, 2), 3)

@@ -410,14 +410,19 @@ def test_skipping_changes_nothing_for_the_other_images(folder: Path, damaged: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_without_a_readable_image_is_an_error_even_when_skipping(
+def test_a_training_batch_without_a_readable_image_is_an_error_even_when_skipping(
     damaged: Path, workers: int
 ) -> None:
     for path in (damaged / "val" / "ant").iterdir():
         path.write_text("not an image")
+    for path in (damaged / "train").glob("*/*"):
+        path.write_text("not an image")
     data = folder_data(damaged, workers=workers, on_bad_image="skip")
-    with pytest.raises(DataError, match=r"none of the 4 images of a validation batch .*ant"):
-        list(data.validation_batches())
+    with pytest.raises(DataError, match=r"none of the \d+ images of a train batch"):
+        list(data.train_batches(0))
+    # The first batch of validation images is all ants: the others are still evaluated.
+    labels = torch.cat([labels for _, labels in data.validation_batches()])
+    assert 0 < len(labels) < len(data.validation) and 0 not in labels
 
 
 def test_sample_images_pass_over_bad_ones_when_skipping(damaged: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import metrics, tiny_recipe
+from tiny import SCHEDULE, metrics, tiny_recipe
 
 from m2mkd.errors import CheckpointError, ConfigError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
@@ -130,7 +131,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that_checkpoint(
     reference: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    real = checkpoints._sha256
+    real = checkpoints.sha256
     calls = itertools.count()
 
     def dying(path: Path) -> str:
@@ -138,7 +139,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that_checkpoint(
             raise Killed
         return real(path)
 
-    monkeypatch.setattr(checkpoints, "_sha256", dying)
+    monkeypatch.setattr(checkpoints, "sha256", dying)
     with pytest.raises(Killed):
         train(tiny_recipe(), out, Reporter(quiet=True))
     assert list(out.rglob(".step_*.tmp"))
@@ -245,8 +246,8 @@ def test_sigkill_from_outside_at_arbitrary_times_changes_nothing(
 def test_separate_pairs_end_within_rounding_of_joint_ones(
     reference: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    # Without router noise and drop path, which draw other random numbers in a joint pass.
-    common = {"student__model_args__router_noise": 0.0, "data__augment__mixup": 0.0}
+    # Without router noise, which draws other random numbers in a joint pass.
+    common = {"student__model_args__router_noise": 0.0}
     losses = {}
     for mode in ("joint", "separate"):
         recipe = tiny_recipe(distill__mode=mode, **common)
@@ -267,8 +268,6 @@ def load_model_weights(stage: Path) -> dict[str, torch.Tensor]:
 def test_changed_settings_repeat_only_what_depends_on_them(
     reference: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(reference[0], out)
     reporter = KillingReporter()
@@ -278,7 +277,8 @@ def test_changed_settings_repeat_only_what_depends_on_them(
     assert kept == {"end_to_end-0", "baselines-end_to_end_only-0"}
 
 
-def test_a_loss_that_is_not_finite_names_stage_pair_and_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("poison", ["blocks.1.norm1.weight", "blocks.1.mlp.fc2_bias"])
+def test_a_loss_that_is_not_finite_names_stage_pair_and_step(tmp_path: Path, poison: str) -> None:
     recipe = tiny_recipe()
     out = tmp_path / "run"
     for stage in ("meta", "teacher"):
@@ -288,11 +288,11 @@ def test_a_loss_that_is_not_finite_names_stage_pair_and_step(tmp_path: Path) -> 
 
     def poisoned() -> Any:
         student = original()
-        student.blocks[1].mlp.fc1_weight.data[0, 0, 0] = float("nan")
+        dict(student.named_parameters())[poison].data.flatten()[0] = float("nan")
         return student
 
     run.networks.distilled_student = poisoned  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"loss is nan in stage distill/joint, pair-01, step 0"):
+    with pytest.raises(TrainingError, match=r"stage distill/joint, step 0: pair-01: .*(nan|NaN)"):
         run.train_pairs()
 
 
@@ -344,7 +344,13 @@ def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path: Path) -> N
         ({"student__model_args__patch_size": 2}, "same patch_size"),
         ({"student__model_args__capacity_factor": 0.001}, "capacity 0 from num_tokens"),
         ({"meta__optimizer": "adamwv"}, "meta.optimizer='adamwv'"),
-        ({"meta__scheduler": "cosin"}, "scheduler"),
+        ({"end_to_end__optimizer": "lambada"}, "end_to_end.optimizer='lambada'"),
+        ({"distill__schedule": {**SCHEDULE, "scheduler": "cosin"}}, "distill.schedule.scheduler"),
+        ({"end_to_end__scheduler": "plateau"}, "end_to_end.scheduler='plateau'"),
+        ({"student__model_args__gate": "softmx"}, "gate='softmx' is none of"),
+        ({"student__model_args__z_weight": "high"}, "z_weight='high' is not a number"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"teacher__model": "deit_tiny_distilled_patch16_224"}, "class_token"),
     ],
 )
 def test_impossible_recipes_stop_before_anything_is_trained(
@@ -354,6 +360,84 @@ def test_impossible_recipes_stop_before_anything_is_trained(
     with pytest.raises(ConfigError, match=message):
         train(tiny_recipe(**changes), tmp_path / "run", reporter)
     assert reporter.reported == []
+
+
+def test_a_missing_teacher_file_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe = tiny_recipe(teacher__incubate=None, teacher__checkpoint=str(tmp_path / "no.pth"))
+    with pytest.raises(CheckpointError, match=r"no\.pth does not exist"):
+        train(recipe, tmp_path / "run", KillingReporter())
+
+
+def test_a_given_teacher_with_another_head_must_be_trained(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source, _ = load_model(reference[0] / "teacher")
+    weights = {k: v for k, v in source.state_dict().items() if not k.startswith("head.")}
+    path = tmp_path / "teacher.safetensors"
+    save_file(weights, path)
+    given = {"teacher__incubate": None, "teacher__checkpoint": str(path)}
+    with pytest.raises(ConfigError, match=r"no head for 10 classes.*set teacher\.finetune"):
+        run = Run(tiny_recipe(**given, teacher__finetune=None), tmp_path / "run", KillingReporter())
+        run.train_teacher()
+    run = Run(tiny_recipe(**given), tmp_path / "run", KillingReporter())
+    assert torch.equal(
+        run.networks.teacher().blocks[0].norm1.weight, weights["blocks.0.norm1.weight"]
+    )
+
+
+def test_pairs_begun_alone_are_kept_by_a_joint_run(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for stage in ("meta", "incubation", "teacher"):
+        shutil.copytree(reference[0] / stage, out / stage)
+    train(tiny_recipe(), out, Reporter(quiet=True), stage="distill", pair=0)
+    before = load_model_weights(out / "distill" / "pair-00")
+    reporter = KillingReporter()
+    train(tiny_recipe(), out, reporter, stage="distill")
+    assert {job for job, _ in reporter.reported} == {"distill/pair-01"}
+    after = load_model_weights(out / "distill" / "pair-00")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_joint_run_cut_short_can_be_finished_pair_by_pair(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for stage in ("meta", "incubation", "teacher"):
+        shutil.copytree(reference[0] / stage, out / stage)
+    with pytest.raises(Killed):
+        train(tiny_recipe(), out, KillingReporter("distill/joint", 6))
+    recipe = tiny_recipe(distill__mode="separate", baselines=[])
+    summary = train(recipe, out, Reporter(quiet=True))
+    assert summary is not None and summary["seconds"]["distill"] >= 0
+
+
+def test_damaged_facts_of_a_run_are_one_error(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    for name, text in (("end_to_end/assembly.json", ""), ("meta/DONE", "[]")):
+        out = tmp_path / name.replace("/", "-")
+        shutil.copytree(reference[0], out)
+        (out / name).write_text(text)
+        with pytest.raises(CheckpointError, match=f"{name}.*remove it to redo its stage"):
+            train(tiny_recipe(), out, Reporter(quiet=True))
+
+
+def test_leaving_bad_images_out_repeats_nothing(reference: tuple[Path, dict[str, Any]]) -> None:
+    reporter = KillingReporter()
+    train(tiny_recipe(data__on_bad_image="skip"), reference[0], reporter)
+    assert reporter.reported == []
+
+
+def test_other_data_in_the_same_recipe_is_other_work(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = Run(tiny_recipe(), tmp_path, Reporter(quiet=True))
+    more = Run(tiny_recipe(data__train_limit=192), tmp_path, Reporter(quiet=True))
+    assert all(run.plan[name].digest != more.plan[name].digest for name in run.plan)
+    auto = Run(tiny_recipe(teacher__depths="auto"), tmp_path, Reporter(quiet=True))
+    assert all(run.plan[name].digest == auto.plan[name].digest for name in run.plan)
 
 
 def test_stages_out_of_order_are_refused(tmp_path: Path) -> None:
