@@ -385,6 +385,21 @@ def test_a_given_teacher_with_another_head_must_be_trained(
     )
 
 
+def test_a_given_teacher_that_fits_is_taken_as_it_is(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source = reference[0] / "teacher"
+    path = source / (source / "last").read_text() / "model.safetensors"
+    recipe = tiny_recipe(
+        teacher__incubate=None, teacher__finetune=None, teacher__checkpoint=str(path), baselines=[]
+    )
+    summary = train(recipe, tmp_path / "run", Reporter(quiet=True))
+    assert summary is not None
+    assert summary["accuracy"]["teacher"] == reference[1]["accuracy"]["teacher"]
+    taken, given = load_model_weights(tmp_path / "run" / "teacher"), load_file(path)
+    assert all(torch.equal(taken[name], given[name]) for name in given)
+
+
 def test_pairs_begun_alone_are_kept_by_a_joint_run(
     reference: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
