@@ -1,7 +1,7 @@
 """Accuracies of one recipe over several seeds: mean and spread of every number in summary.json.
 
-    for s in 0 1 2; do m2mkd train quickstart --set seed=$s --out runs/quickstart-$s; done
-    python benchmarks/seeds.py runs/quickstart-0 runs/quickstart-1 runs/quickstart-2
+for s in 0 1 2; do m2mkd train quickstart --set seed=$s --out runs/quickstart-$s; done
+python benchmarks/seeds.py runs/quickstart-0 runs/quickstart-1 runs/quickstart-2
 """
 
 import json
