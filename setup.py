@@ -121,6 +121,12 @@ def wants_cuda(nvcc: float | None, torch_cuda: str | None) -> bool:
             stop(f"M2MKD_CUDA=1 but {missing} was not found")
         print(f"m2mkd: no CUDA library, for want of {missing}")
         return False
+    if int(nvcc) != int(float(torch_cuda)):
+        apart = f"nvcc is of CUDA {nvcc}, but torch {torch_cuda}; their major versions must agree"
+        if choice == "1":
+            stop(f"M2MKD_CUDA=1, and {apart}")
+        print(f"m2mkd: no CUDA library: {apart}")
+        return False
     return True
 
 

@@ -1,5 +1,6 @@
 """Networks small enough to be exported in seconds, and run folders that hold them."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from m2mkd.models.checkpoint import ModelCard, card_dict, write_checkpoint
+from m2mkd.models.checkpoint import ModelCard, write_checkpoint
 
 SIZE = 8
 NAMES = [str(digit) for digit in range(10)]
@@ -45,7 +46,7 @@ def make_network(card: ModelCard) -> VisionTransformer:
 def write_run(folder: Path, card: ModelCard, *, num_samples: int = 0) -> Path:
     """Writes a finished run on the digits data set."""
     stage = folder / "end_to_end"
-    write_checkpoint(stage, 1, make_network(card).state_dict(), meta={"card": card_dict(card)})
+    write_checkpoint(stage, 1, make_network(card).state_dict(), meta={"card": asdict(card)})
     (stage / "DONE").write_text("{}")
     schedule = {"epochs": 1, "lr": 0.001}
     recipe = {
