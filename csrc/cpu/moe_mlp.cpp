@@ -16,8 +16,9 @@ namespace m2mkd::cpu {
 namespace {
 
 // Rows per block: few enough that buffers stay small, enough for the GEMMs to keep several threads
-// busy (with two threads, 512 rows cost a fifth of forward's speed). In half precision backward takes larger blocks, because each further block of an expert
-// rounds its weight gradients once more.
+// busy (with two threads, 512 rows cost a fifth of forward's speed). In half precision backward
+// takes larger blocks, because each further block of an expert rounds its weight gradients once
+// more.
 constexpr int64_t kForwardRows = 2048;
 template <typename T>
 constexpr int64_t kBackwardRows = sizeof(T) == 2 ? 4096 : 1024;
