@@ -189,7 +189,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
         if sha256(path) != expected:
-            raise CheckpointError(f"checkpoint file {path} is damaged: its SHA-256 differs")
+            raise CheckpointError(
+                f"checkpoint file {path} is damaged: its SHA-256 differs (removing "
+                f"{folder.parent} makes m2mkd train redo that stage)"
+            )
     try:
         weights = load_file(folder / _WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
