@@ -39,4 +39,19 @@ STABLE_TORCH_LIBRARY(m2mkd, m) {
       "Tensor token_of, Tensor offsets, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
       "Tensor? fc2_bias, str activation, bool needs_x, bool needs_fc1, "
       "bool needs_fc2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Attention along a circuit's edges. B batch, H heads, U receivers, V senders, D head width,
+  // N edges. q [B, H, U, D]; k and v [B, H, V, D]; bias [N] or [B, N], float32, or float64 with
+  // float64 queries; row_ptr [U + 1] and sender [N] by receiver, col_ptr [V + 1], receiver [N] and
+  // edge_id [N] by sender, int32. Returns the output and the log-sum-exp of each receiver's scores,
+  // [B, H, U] in the dtype of bias, -inf where it has no edge (or only biases of -inf).
+  m.def(
+      "circuit_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor row_ptr, "
+      "Tensor sender, Tensor col_ptr, Tensor receiver, Tensor edge_id, float scale) "
+      "-> (Tensor, Tensor)");
+  // Returns the gradients of q, k, v and bias; that of bias is empty where it is not asked for.
+  m.def(
+      "circuit_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, "
+      "Tensor out, Tensor lse, Tensor row_ptr, Tensor sender, Tensor col_ptr, Tensor receiver, "
+      "Tensor edge_id, float scale, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }

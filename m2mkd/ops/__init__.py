@@ -3,6 +3,8 @@
 from m2mkd.ops._checks import MoEPlan
 from m2mkd.ops._load import ExtensionWarning, status
 from m2mkd.ops._selftest import selftest
+from m2mkd.ops.circuit import Circuit, circuit_from_signatures
+from m2mkd.ops.circuit_attention import circuit_attention
 from m2mkd.ops.moe_dispatch import (
     grouped_linear,
     moe_combine,
@@ -13,8 +15,11 @@ from m2mkd.ops.moe_dispatch import (
 )
 
 __all__ = [
+    "Circuit",
     "ExtensionWarning",
     "MoEPlan",
+    "circuit_attention",
+    "circuit_from_signatures",
     "grouped_linear",
     "moe_combine",
     "moe_gather",

@@ -3,12 +3,17 @@
 T tokens, D width, H hidden width, E experts, K choices per token, M routed rows.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from m2mkd.errors import NotFiniteError, ShapeError
+
+if TYPE_CHECKING:
+    from m2mkd.ops.circuit import Circuit
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 GATE_MODES = ("softmax_selected", "softmax_all", "softmax_all_renorm")
@@ -241,3 +246,50 @@ def check_mlp(
         )
     check_bias(op, "fc1_bias", fc1[1], fc1[0])
     check_bias(op, "fc2_bias", fc2[1], fc2[0])
+
+
+def check_signatures(op: str, receiver_sig_US: Tensor, sender_sig_VS: Tensor) -> None:
+    """Checks signatures of receivers and senders against each other."""
+    check_rank(op, "receiver signatures", receiver_sig_US, "[U, S]", 2)
+    check_rank(op, "sender signatures", sender_sig_VS, "[V, S]", 2)
+    check_float(op, "receiver signatures", receiver_sig_US)
+    senders = {"sender signatures": sender_sig_VS}
+    check_together(op, "receiver signatures", receiver_sig_US, **senders)
+    check_same_dtype(op, "receiver signatures", receiver_sig_US, **senders)
+    check_size(
+        op, "S of senders", sender_sig_VS.shape[1], receiver_sig_US.shape[1], "S of receivers"
+    )
+
+
+def check_circuit_attention(
+    q_BHUD: Tensor, k_BHVD: Tensor, v_BHVD: Tensor, circuit: Circuit, edge_bias: Tensor | None
+) -> None:
+    """Checks the arguments of `circuit_attention`."""
+    op = "circuit_attention"
+    check_rank(op, "q", q_BHUD, "[B, H, U, D]", 4)
+    check_rank(op, "k", k_BHVD, "[B, H, V, D]", 4)
+    check_float(op, "q", q_BHUD)
+    check_together(op, "q", q_BHUD, k=k_BHVD, v=v_BHVD, circuit=circuit.row_ptr, bias=edge_bias)
+    check_same_dtype(op, "q", q_BHUD, k=k_BHVD, v=v_BHVD)
+    if v_BHVD.shape != k_BHVD.shape:
+        raise ShapeError(
+            f"{op}: v has shape {tuple(v_BHVD.shape)}, but k has {tuple(k_BHVD.shape)}"
+        )
+    batch, heads, receivers, width = q_BHUD.shape
+    check_size(op, "U of q", receivers, circuit.num_receivers, "the circuit's receivers")
+    check_size(op, "V of k", k_BHVD.shape[2], circuit.num_senders, "the circuit's senders")
+    for letter, found, expected in zip(
+        "BHD",
+        (k_BHVD.shape[0], k_BHVD.shape[1], k_BHVD.shape[3]),
+        (batch, heads, width),
+        strict=True,
+    ):
+        check_size(op, f"{letter} of k", found, expected, f"{letter} of q")
+    if edge_bias is not None:
+        check_float(op, "edge_bias", edge_bias)
+        edges = circuit.num_edges
+        if edge_bias.shape not in ((edges,), (batch, edges)):
+            raise ShapeError(
+                f"{op}: edge_bias has shape {tuple(edge_bias.shape)}; it must be [N={edges}] or "
+                f"[B={batch}, N={edges}]"
+            )

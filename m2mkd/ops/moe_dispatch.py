@@ -8,18 +8,18 @@ Under autocast the gate computes in float32; the others compute in the region's 
 excepted. Combine weights are always used in float32 (float64 with float64 rows).
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m2mkd.ops import _checks, reference
+from m2mkd.ops._autocast import region_dtype, to_region
 from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
 from m2mkd.ops._load import EXTENSION
 from m2mkd.ops._selftest import has_kernels
 
 _OPS = torch.ops.m2mkd
-_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 
 
 def topk_gate(logits_TE: Tensor, k: int, mode: str = "softmax_selected") -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def topk_gate(logits_TE: Tensor, k: int, mode: str = "softmax_selected") -> tupl
         NotFiniteError: NaN among the logits (looked for outside
             tracing only, which on a GPU waits for the logits).
     """
-    if _region_dtype(logits_TE) is not None:
+    if region_dtype(logits_TE) is not None:
         logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
     if not has_kernels(logits_TE.device):
         return reference.topk_gate(logits_TE, k, mode)
@@ -133,8 +133,8 @@ def grouped_linear(
     Raises:
         ShapeError: Shapes, dtypes or devices that do not fit together.
     """
-    rows_MD, weight_EHD = _to_region(rows_MD), _to_region(weight_EHD)
-    bias_EH = _to_region(bias_EH)
+    rows_MD, weight_EHD = to_region(rows_MD), to_region(weight_EHD)
+    bias_EH = to_region(bias_EH)
     if not has_kernels(rows_MD.device):
         return reference.grouped_linear(rows_MD, weight_EHD, bias_EH, offsets)
     _checks.check_grouped(rows_MD, weight_EHD, bias_EH, offsets)
@@ -156,7 +156,7 @@ def moe_combine(rows_MD: Tensor, weights_TK: Tensor, plan: MoEPlan) -> Tensor:
     Raises:
         ShapeError: Shapes, dtypes or devices that do not fit together.
     """
-    rows_MD = _to_region(rows_MD)
+    rows_MD = to_region(rows_MD)
     if not has_kernels(rows_MD.device):
         return reference.moe_combine(rows_MD, weights_TK, plan)
     _checks.check_combine(rows_MD, weights_TK, plan)
@@ -196,9 +196,9 @@ def moe_mlp(
     Raises:
         ShapeError: Shapes, dtypes or devices that do not fit together; an unknown activation.
     """
-    x_TD = _to_region(x_TD)
-    fc1_weight_EHD, fc1_bias_EH = _to_region(fc1_weight_EHD), _to_region(fc1_bias_EH)
-    fc2_weight_EDH, fc2_bias_ED = _to_region(fc2_weight_EDH), _to_region(fc2_bias_ED)
+    x_TD = to_region(x_TD)
+    fc1_weight_EHD, fc1_bias_EH = to_region(fc1_weight_EHD), to_region(fc1_bias_EH)
+    fc2_weight_EDH, fc2_bias_ED = to_region(fc2_weight_EDH), to_region(fc2_bias_ED)
     fc1, fc2 = (fc1_weight_EHD, fc1_bias_EH), (fc2_weight_EDH, fc2_bias_ED)
     if not has_kernels(x_TD.device):
         return reference.moe_mlp(x_TD, weights_TK, plan, *fc1, *fc2, activation)
@@ -208,22 +208,6 @@ def moe_mlp(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out_TD, _ = _OPS.moe_mlp(x_TD, weights_TK, *plan, *fc1, *fc2, activation, save)
     return out_TD  # type: ignore[no-any-return]
-
-
-def _region_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of the autocast region around us, or None outside one."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _to_region(tensor: _Maybe) -> _Maybe:
-    """Casts to the autocast region's dtype; float64 stays, as in torch's own rules."""
-    if tensor is None:
-        return tensor
-    dtype = _region_dtype(tensor)
-    if dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
 
 
 # What follows tells torch about the compiled ops: result shapes for tracing, and derivatives.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m2mkd.ops import _checks
 from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
+from m2mkd.ops.circuit import Circuit
 
 _ACTIVATIONS = {
     "gelu": F.gelu,
@@ -146,3 +147,45 @@ def moe_mlp(
     wide = hidden_MH.to(compute_dtype(hidden_MH.dtype))
     active_MH = _ACTIVATIONS[activation](wide).to(hidden_MH.dtype)
     return moe_combine(grouped_linear(active_MH, *fc2, plan.offsets), weights_TK, plan)
+
+
+def circuit_attention(
+    q_BHUD: Tensor,
+    k_BHVD: Tensor,
+    v_BHVD: Tensor,
+    circuit: Circuit,
+    edge_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Reference of `m2mkd.ops.circuit_attention`: gathers queries, keys and values per edge."""
+    _checks.check_circuit_attention(q_BHUD, k_BHVD, v_BHVD, circuit, edge_bias)
+    wide = compute_dtype(q_BHUD.dtype)
+    receiver_N, sender_N = circuit.receiver_of_edge, circuit.sender
+    q_BHND, k_BHND, v_BHND = (
+        x.to(wide).index_select(2, index)
+        for x, index in ((q_BHUD, receiver_N), (k_BHVD, sender_N), (v_BHVD, sender_N))
+    )
+    scale = q_BHUD.shape[3] ** -0.5 if scale is None else scale
+    scores_BHN = (q_BHND * k_BHND).sum(-1) * scale
+    if edge_bias is not None:
+        scores_BHN = scores_BHN + edge_bias.to(wide).unsqueeze(-2)
+    weights_BHN = (scores_BHN - log_sum_over_senders(scores_BHN, circuit)).exp()
+    out_BHUD = torch.zeros_like(q_BHUD, dtype=wide)
+    out_BHUD = out_BHUD.index_add(2, receiver_N, weights_BHN[..., None] * v_BHND)
+    return out_BHUD.to(q_BHUD.dtype)
+
+
+def log_sum_over_senders(scores_N: Tensor, circuit: Circuit) -> Tensor:
+    """For every edge, the log-sum-exp of its receiver's scores, [..., N].
+
+    It is 0 where all of a receiver's scores are -inf, so that subtracting it leaves -inf.
+    """
+    receiver_N = circuit.receiver_of_edge.long().expand(scores_N.shape)
+    sizes = (*scores_N.shape[:-1], circuit.num_receivers)
+    largest_U = scores_N.new_full(sizes, -torch.inf)
+    largest_U = largest_U.scatter_reduce(-1, receiver_N, scores_N.detach(), "amax")
+    largest_U = largest_U.masked_fill(largest_U == -torch.inf, 0)
+    shifted_N = (scores_N - largest_U.gather(-1, receiver_N)).exp()
+    sum_U = scores_N.new_zeros(sizes).scatter_add(-1, receiver_N, shifted_N)
+    log_U = sum_U.masked_fill(sum_U == 0, 1).log() + largest_U
+    return log_U.gather(-1, receiver_N)

@@ -1,0 +1,199 @@
+"""Attention along a circuit's edges: sparse kernel, dense form, and the choice between them.
+
+SKMDPA of Neural Attentive Circuits (arXiv 2210.08031 section 3.2), after its kernel was evaluated.
+Letters: B batch, H heads, U receivers, V senders, D head width, N edges.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2mkd.errors import ShapeError
+from m2mkd.ops import _checks, reference
+from m2mkd.ops._autocast import to_region
+from m2mkd.ops._checks import compute_dtype
+from m2mkd.ops._load import EXTENSION
+from m2mkd.ops._selftest import has_kernels
+from m2mkd.ops.circuit import Circuit
+
+_OPS = torch.ops.m2mkd
+IMPLEMENTATIONS = ("auto", "sparse", "dense", "reference")
+# Widest head the kernels take.
+MAX_WIDTH = 256
+
+
+def circuit_attention(
+    q_BHUD: Tensor,
+    k_BHVD: Tensor,
+    v_BHVD: Tensor,
+    circuit: Circuit,
+    edge_bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Each receiver attends to its senders: softmax over edges of scale q.k + bias, times v.
+
+    A receiver without edges outputs zeros. A bias of -inf removes its edge (for its example), also
+    where that leaves a receiver without any. Half types are accumulated in float32. Results are
+    the same on every run; the sparse kernel uses memory for N edges, never for U times V.
+
+    Under autocast q, k and v are cast to the region's dtype; biases are used in float32 (float64
+    with float64 queries).
+
+    Args:
+        q_BHUD: Queries, [B, H, U, D], floating.
+        k_BHVD: Keys, [B, H, V, D], in the dtype of q.
+        v_BHVD: Values, [B, H, V, D], in the dtype of q.
+        circuit: The edges, U receivers by V senders.
+        edge_bias: Added to the scaled scores of each edge, [N] or [B, N], floating; None for none.
+        scale: Factor of q.k; 1 / sqrt(D) where None.
+        impl: sparse (needs compiled kernels and D <= 256), dense (scaled_dot_product_attention
+            with a [U, V] bias), reference (plain PyTorch per edge), or auto, which takes sparse up
+            to the density at which dense becomes faster on this device.
+
+    Returns:
+        [B, H, U, D] in the dtype of q; differentiable in q, k, v and edge_bias.
+
+    Raises:
+        ShapeError: Shapes, dtypes or devices that do not fit together; an unknown impl; sparse
+            where no kernel can serve it.
+    """
+    q_BHUD, k_BHVD, v_BHVD = to_region(q_BHUD), to_region(k_BHVD), to_region(v_BHVD)
+    _checks.check_circuit_attention(q_BHUD, k_BHVD, v_BHVD, circuit, edge_bias)
+    scale = q_BHUD.shape[3] ** -0.5 if scale is None else scale
+    inputs = (q_BHUD, k_BHVD, v_BHVD, circuit, edge_bias, scale)
+    if impl == "auto":
+        impl = _choose(*inputs)
+    if impl == "sparse":
+        return _sparse(*inputs)
+    if impl == "dense":
+        return _dense(*inputs)
+    if impl == "reference":
+        return reference.circuit_attention(*inputs)
+    raise ShapeError(f"circuit_attention: unknown {impl=}; use one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, circuit: Circuit, bias: Tensor | None, scale: float
+) -> str:
+    """The faster of sparse and dense by density."""
+    del scale
+    if not has_kernels(q.device) or q.shape[3] > MAX_WIDTH:
+        return "dense"
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, bias)
+    )
+    return "sparse" if circuit.density <= crossover(q.device.type, q.dtype, wants_grad) else "dense"
+
+
+def crossover(device_type: str, dtype: torch.dtype, wants_grad: bool) -> float:
+    """The density up to which `auto` takes the sparse kernel.
+
+    Args:
+        device_type: cpu or cuda.
+        dtype: Of the queries.
+        wants_grad: Whether a backward pass may follow.
+    """
+    del device_type, dtype
+    return 0.48 if wants_grad else 0.40
+
+
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, circuit: Circuit, bias: Tensor | None, scale: float
+) -> Tensor:
+    if not has_kernels(q.device) or not 1 <= q.shape[3] <= MAX_WIDTH:
+        raise ShapeError(
+            f"circuit_attention: no sparse kernel for width {q.shape[3]} on {q.device}; widths go "
+            f"up to {MAX_WIDTH}, and `m2mkd info` says what was built; use impl='auto'"
+        )
+    bias = None if bias is None else bias.to(compute_dtype(q.dtype))
+    by_receiver = (circuit.row_ptr, circuit.sender)
+    by_sender = (circuit.col_ptr, circuit.receiver, circuit.edge_id)
+    out: Tensor = _OPS.circuit_attention(q, k, v, bias, *by_receiver, *by_sender, scale)[0]
+    return out
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, circuit: Circuit, bias: Tensor | None, scale: float
+) -> Tensor:
+    """SDPA with -inf wherever there is no edge; dead rows are kept from turning into NaN."""
+    receiver, sender = circuit.receiver_of_edge.long(), circuit.sender.long()
+    if bias is None:
+        bias = q.new_zeros(circuit.num_edges, dtype=compute_dtype(q.dtype))
+    bias = bias.to(compute_dtype(q.dtype))
+    mask = bias.new_full((*bias.shape[:-1], q.shape[2], k.shape[2]), -torch.inf)
+    if bias.dim() == 2:
+        example = torch.arange(bias.shape[0], device=q.device)[:, None]
+        mask = mask.index_put((example, receiver, sender), bias)[:, None]
+    else:
+        mask = mask.index_put((receiver, sender), bias)[None, None]
+    if k.shape[2] == 0:
+        return torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum() + bias.sum())
+    dead = mask.detach().amax(dim=3, keepdim=True) == -torch.inf
+    mask = mask.masked_fill(dead, 0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.masked_fill(dead, 0)
+
+
+# What follows tells torch about the compiled op: result shapes for tracing, and derivatives.
+
+
+def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    del rest
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+
+
+def _attention_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del grad
+    needs_bias = bias is not None and rest[-1]
+    bias_grad = q.new_empty(
+        bias.shape if bias is not None and needs_bias else (0,), dtype=compute_dtype(q.dtype)
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_grad
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    q, k, v, bias, *graph, out, lse = ctx.saved_tensors
+    needs_bias = bias is not None and ctx.needs_input_grad[3]
+    grads = _OPS.circuit_attention_backward(
+        grad, q, k, v, bias, out, lse, *graph, ctx.scale, needs_bias
+    )
+    return (*grads[:3], grads[3] if needs_bias else None, *(None,) * 6)
+
+
+def _no_second_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    del ctx, inputs, output
+
+
+def _no_second_grad(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "m2mkd's kernels have first derivatives only; for second ones use impl='reference'"
+    )
+
+
+def _register() -> None:
+    """Registers shapes and derivatives of the compiled op."""
+    name = "m2mkd::circuit_attention"
+    torch.library.register_fake(name, _attention_fake)
+    torch.library.register_fake(f"{name}_backward", _attention_backward_fake)
+    torch.library.register_autograd(name, _attention_grad, setup_context=_attention_setup)
+    torch.library.register_autograd(
+        f"{name}_backward", _no_second_grad, setup_context=_no_second_setup
+    )
+
+
+if EXTENSION.cpu:
+    _register()
