@@ -4,7 +4,12 @@
 
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(m2mkd, m) {
+// The emulator's build has a namespace of its own, to be loaded beside the real operators.
+#ifndef M2MKD_NAMESPACE
+#define M2MKD_NAMESPACE m2mkd
+#endif
+
+STABLE_TORCH_LIBRARY(M2MKD_NAMESPACE, m) {
   m.def("topk_gate(Tensor logits, int k, str mode) -> (Tensor, Tensor)");
   m.def("topk_gate_backward(Tensor grad, Tensor logits, Tensor experts, str mode) -> Tensor");
 

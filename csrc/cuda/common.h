@@ -1,32 +1,23 @@
-// What the CUDA op wrappers share: stream and error plumbing, dtypes, and GEMMs through torch.
+// What the CUDA op wrappers share: dtypes, checks, and GEMMs through torch.
 
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/library.h>
 
-#include <array>
-#include <string>
 #include <vector>
 
 #include "../checks.h"
 #include "../plan.h"
 #include "launchers.h"
 
-namespace m2mkd::cuda {
+// Tensors' memory, stream, error text and GEMMs of the device: the card's, or the emulator's.
+#ifdef M2MKD_EMULATOR
+#include "../emulator/device.h"
+#else
+#include "device.h"
+#endif
 
-// Raises for a cudaError_t, with torch's message.
-inline void check_launch(const char* op, int error) {
-  if (error == 0) {
-    return;
-  }
-  char* text = nullptr;
-  torch_c10_cuda_check_msg(error, __FILE__, op, __LINE__, true, &text);
-  const std::string message = text != nullptr ? text : "CUDA error " + std::to_string(error);
-  torch_c10_cuda_free_error_msg(text);
-  STD_TORCH_CHECK(false, op, ": ", message);
-}
+namespace m2mkd::cuda {
 
 inline DType dtype_of(const char* op, const Tensor& tensor) {
   return dispatch_float(op, tensor.scalar_type(), [](auto tag) {
@@ -43,20 +34,6 @@ inline DType dtype_of(const char* op, const Tensor& tensor) {
   });
 }
 
-// Makes a tensor's device current and knows its stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
-  }
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
-
 // Kernels index rows and columns with int.
 inline int to_int(const char* op, const char* what, int64_t value) {
   check_int32_range(op, what, value);
@@ -68,8 +45,8 @@ inline std::vector<int64_t> read_offsets(const char* op, const Tensor& offsets, 
                                          void* stream) {
   const int64_t count = offsets.size(0);
   std::vector<int32_t> values(count);
-  check_launch(op, read_integers(const_data<int32_t>(offsets), static_cast<int>(count),
-                                 values.data(), stream));
+  check_launch(
+      op, read_integers(read<int32_t>(offsets), static_cast<int>(count), values.data(), stream));
   return check_offsets(op, values.data(), count - 1, rows);
 }
 

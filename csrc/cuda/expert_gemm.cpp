@@ -1,3 +1,5 @@
+#include <array>
+
 #include "common.h"
 
 namespace m2mkd::cuda {
@@ -7,10 +9,6 @@ namespace {
 Tensor part(const Tensor& tensor, int64_t begin, int64_t end) {
   Tensor source = tensor;
   return torch::stable::narrow(source, 0, begin, end - begin);
-}
-
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
 }
 
 }  // namespace
@@ -35,8 +33,8 @@ Tensor ExpertGemm::rows_by_matrix(const Tensor& rows, const Tensor& m, bool tran
   const Tensor out = new_empty(rows, {rows.size(0), right.size(2)}, rows.scalar_type());
   for (size_t e = 0; e + 1 < bounds_.size(); ++e) {
     if (bounds_[e] < bounds_[e + 1]) {
-      multiply(part(out, bounds_[e], bounds_[e + 1]), part(rows, bounds_[e], bounds_[e + 1]),
-               torch::stable::select(right, 0, static_cast<int64_t>(e)));
+      matmul_out(part(out, bounds_[e], bounds_[e + 1]), part(rows, bounds_[e], bounds_[e + 1]),
+                 torch::stable::select(right, 0, static_cast<int64_t>(e)));
     }
   }
   return out;
@@ -50,9 +48,9 @@ Tensor ExpertGemm::rows_by_rows(const Tensor& left, const Tensor& right) const {
   const Tensor out = new_zeros(left, {experts, left.size(1), right.size(1)}, left.scalar_type());
   for (size_t e = 0; e + 1 < bounds_.size(); ++e) {
     if (bounds_[e] < bounds_[e + 1]) {
-      multiply(torch::stable::select(out, 0, static_cast<int64_t>(e)),
-               torch::stable::transpose(part(left, bounds_[e], bounds_[e + 1]), 0, 1),
-               part(right, bounds_[e], bounds_[e + 1]));
+      matmul_out(torch::stable::select(out, 0, static_cast<int64_t>(e)),
+                 torch::stable::transpose(part(left, bounds_[e], bounds_[e + 1]), 0, 1),
+                 part(right, bounds_[e], bounds_[e + 1]));
     }
   }
   return out;

@@ -1,8 +1,6 @@
 // Gate, plan, gather and combine on CUDA: checks and allocation around the launchers. Values of
 // plans are not looked at here, which would wait for the device; m2mkd.ops checks experts.
 
-#include <torch/csrc/stable/library.h>
-
 #include "common.h"
 
 namespace m2mkd::cuda {
@@ -31,10 +29,10 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
   const Tensor logits = torch::stable::contiguous(logits_any);
   Tensor weights = new_empty(logits, {tokens, k}, logits.scalar_type());
   Tensor chosen = new_empty(logits, {tokens, k}, ScalarType::Int);
-  check_launch(op, launch_topk_gate(
-                       dtype_of(op, logits), logits.const_data_ptr(), to_int(op, "T", tokens),
-                       to_int(op, "E", experts), static_cast<int>(k), parse_mode(op, mode),
-                       weights.mutable_data_ptr(), mutable_data<int32_t>(chosen), device.stream()));
+  check_launch(op,
+               launch_topk_gate(dtype_of(op, logits), read(logits), to_int(op, "T", tokens),
+                                to_int(op, "E", experts), static_cast<int>(k), parse_mode(op, mode),
+                                write(weights), write<int32_t>(chosen), device.stream()));
   return {weights, chosen};
 }
 
@@ -53,11 +51,10 @@ Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any,
   const Tensor logits = torch::stable::contiguous(logits_any);
   const Tensor chosen = torch::stable::contiguous(chosen_any);
   Tensor result = new_empty(logits, {tokens, experts}, logits.scalar_type());
-  check_launch(op, launch_topk_gate_backward(dtype_of(op, logits), grad.const_data_ptr(),
-                                             logits.const_data_ptr(), const_data<int32_t>(chosen),
-                                             to_int(op, "T", tokens), to_int(op, "E", experts),
-                                             to_int(op, "K", k), parse_mode(op, mode),
-                                             result.mutable_data_ptr(), device.stream()));
+  check_launch(op, launch_topk_gate_backward(dtype_of(op, logits), read(grad), read(logits),
+                                             read<int32_t>(chosen), to_int(op, "T", tokens),
+                                             to_int(op, "E", experts), to_int(op, "K", k),
+                                             parse_mode(op, mode), write(result), device.stream()));
   return result;
 }
 
@@ -89,12 +86,11 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
   Tensor offsets = new_empty(chosen, {experts + 1}, ScalarType::Int);
   const Tensor counts = new_empty(chosen, {blocks, experts}, ScalarType::Int);
   check_launch(
-      op, launch_moe_plan(const_data<int32_t>(chosen), const_data<int64_t>(order),
-                          static_cast<int>(tokens), static_cast<int>(k), static_cast<int>(experts),
+      op, launch_moe_plan(read<int32_t>(chosen), read<int64_t>(order), static_cast<int>(tokens),
+                          static_cast<int>(k), static_cast<int>(experts),
                           capacity ? static_cast<int>(limit) : -1, static_cast<int>(rows),
-                          mutable_data<int32_t>(counts), mutable_data<int32_t>(row_of),
-                          mutable_data<int32_t>(token_of), mutable_data<int32_t>(offsets),
-                          device.stream()));
+                          write<int32_t>(counts), write<int32_t>(row_of), write<int32_t>(token_of),
+                          write<int32_t>(offsets), device.stream()));
   return {row_of, token_of, offsets};
 }
 
@@ -108,9 +104,9 @@ Tensor moe_gather(const Tensor& x_any, const Tensor& /*row_of*/, const Tensor& t
   const Tensor token_of = torch::stable::contiguous(token_of_any);
   const int64_t rows = token_of.size(0), width = x.size(1);
   Tensor out = new_empty(x, {rows, width}, x.scalar_type());
-  check_launch(op, launch_gather(dtype_of(op, x), x.const_data_ptr(), const_data<int32_t>(token_of),
-                                 to_int(op, "M", rows), to_int(op, "D", width),
-                                 out.mutable_data_ptr(), device.stream()));
+  check_launch(
+      op, launch_gather(dtype_of(op, x), read(x), read<int32_t>(token_of), to_int(op, "M", rows),
+                        to_int(op, "D", width), write(out), device.stream()));
   return out;
 }
 
@@ -131,11 +127,9 @@ Tensor sum_rows(const char* op, const Tensor& rows_any, const std::optional<Tens
     check_dtype(op, "weights", *weights, compute_dtype(rows.scalar_type()));
   }
   Tensor out = new_empty(rows, {tokens, width}, rows.scalar_type());
-  check_launch(
-      op, launch_sum_rows(dtype_of(op, rows), rows.const_data_ptr(), const_data<int32_t>(row_of),
-                          weights ? weights->const_data_ptr() : nullptr, to_int(op, "T", tokens),
-                          to_int(op, "K", k), to_int(op, "D", width), out.mutable_data_ptr(),
-                          device.stream()));
+  check_launch(op, launch_sum_rows(dtype_of(op, rows), read(rows), read<int32_t>(row_of),
+                                   read(weights), to_int(op, "T", tokens), to_int(op, "K", k),
+                                   to_int(op, "D", width), write(out), device.stream()));
   return out;
 }
 
@@ -170,17 +164,16 @@ std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad_any, const Te
   Tensor grad_rows = new_zeros(rows, {rows.size(0), width}, rows.scalar_type());
   Tensor grad_weights = new_empty(weights, {tokens, k}, weights.scalar_type());
   check_launch(
-      op, launch_combine_backward(dtype_of(op, rows), grad.const_data_ptr(), rows.const_data_ptr(),
-                                  weights.const_data_ptr(), const_data<int32_t>(row_of),
-                                  static_cast<int>(tokens), static_cast<int>(k),
-                                  to_int(op, "D", width), grad_rows.mutable_data_ptr(),
-                                  grad_weights.mutable_data_ptr(), device.stream()));
+      op, launch_combine_backward(dtype_of(op, rows), read(grad), read(rows), read(weights),
+                                  read<int32_t>(row_of), static_cast<int>(tokens),
+                                  static_cast<int>(k), to_int(op, "D", width), update(grad_rows),
+                                  write(grad_weights), device.stream()));
   return {grad_rows, grad_weights};
 }
 
 }  // namespace m2mkd::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(m2mkd, CUDA, m) {
+M2MKD_CUDA_OPS(m) {
   m.impl("topk_gate", TORCH_BOX(&m2mkd::cuda::topk_gate));
   m.impl("topk_gate_backward", TORCH_BOX(&m2mkd::cuda::topk_gate_backward));
   m.impl("moe_plan", TORCH_BOX(&m2mkd::cuda::moe_plan));

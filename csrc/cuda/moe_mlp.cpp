@@ -1,8 +1,6 @@
 // Expert layers on CUDA: torch's GEMMs, with one kernel for bias and activation and one for all of
 // their backward. Rows past the last offset are zeroed wherever a later step could read them.
 
-#include <torch/csrc/stable/library.h>
-
 #include "common.h"
 
 namespace m2mkd::cuda {
@@ -51,30 +49,27 @@ Activation parse_activation(const char* op, const std::string& name) {
 // out = act(z + bias); zeros on padding rows. May be in place.
 void activate(const char* op, Activation act, const Tensor& z, const std::optional<Tensor>& bias,
               const Tensor& offsets, const Tensor& out, void* stream) {
-  check_launch(
-      op, launch_activate(dtype_of(op, z), act, z.const_data_ptr(),
-                          bias ? bias->const_data_ptr() : nullptr, const_data<int32_t>(offsets),
-                          static_cast<int>(offsets.size(0)) - 1, to_int(op, "M", z.size(0)),
-                          to_int(op, "width", z.size(1)), out.mutable_data_ptr(), stream));
+  check_launch(op,
+               launch_activate(dtype_of(op, z), act, read(z), read(bias), read<int32_t>(offsets),
+                               static_cast<int>(offsets.size(0)) - 1, to_int(op, "M", z.size(0)),
+                               to_int(op, "width", z.size(1)), write(out), stream));
 }
 
 Tensor sum_columns(const char* op, const Tensor& rows, const std::optional<Tensor>& scale,
                    const Tensor& offsets, void* stream) {
   const int64_t experts = offsets.size(0) - 1;
   Tensor out = new_empty(rows, {experts, rows.size(1)}, rows.scalar_type());
-  check_launch(
-      op, launch_sum_columns(dtype_of(op, rows), rows.const_data_ptr(),
-                             scale ? scale->const_data_ptr() : nullptr,
-                             const_data<int32_t>(offsets), static_cast<int>(experts),
-                             to_int(op, "width", rows.size(1)), out.mutable_data_ptr(), stream));
+  check_launch(op, launch_sum_columns(dtype_of(op, rows), read(rows), read(scale),
+                                      read<int32_t>(offsets), static_cast<int>(experts),
+                                      to_int(op, "width", rows.size(1)), write(out), stream));
   return out;
 }
 
 Tensor gather(const char* op, const Tensor& x, const Tensor& token_of, void* stream) {
   Tensor out = new_empty(x, {token_of.size(0), x.size(1)}, x.scalar_type());
-  check_launch(op, launch_gather(dtype_of(op, x), x.const_data_ptr(), const_data<int32_t>(token_of),
+  check_launch(op, launch_gather(dtype_of(op, x), read(x), read<int32_t>(token_of),
                                  to_int(op, "M", token_of.size(0)), to_int(op, "D", x.size(1)),
-                                 out.mutable_data_ptr(), stream));
+                                 write(out), stream));
   return out;
 }
 
@@ -82,11 +77,10 @@ Tensor sum_rows(const char* op, const Tensor& rows, const Tensor& row_of,
                 const std::optional<Tensor>& weights, void* stream) {
   const int64_t tokens = row_of.size(0);
   Tensor out = new_empty(rows, {tokens, rows.size(1)}, rows.scalar_type());
-  check_launch(
-      op, launch_sum_rows(dtype_of(op, rows), rows.const_data_ptr(), const_data<int32_t>(row_of),
-                          weights ? weights->const_data_ptr() : nullptr, to_int(op, "T", tokens),
-                          to_int(op, "K", row_of.size(1)), to_int(op, "D", rows.size(1)),
-                          out.mutable_data_ptr(), stream));
+  check_launch(op,
+               launch_sum_rows(dtype_of(op, rows), read(rows), read<int32_t>(row_of), read(weights),
+                               to_int(op, "T", tokens), to_int(op, "K", row_of.size(1)),
+                               to_int(op, "D", rows.size(1)), write(out), stream));
   return out;
 }
 
@@ -201,16 +195,16 @@ void activate_backward(const char* op, const Mlp& a, const Tensor& z, const Tens
                        const Tensor& weight_of, const Tensor& choice_of, const Tensor& gate_grad,
                        void* stream) {
   ActivateBackward args{};
-  args.z = z.const_data_ptr();
-  args.fc1_bias = a.fc1_bias ? a.fc1_bias->const_data_ptr() : nullptr;
-  args.fc2_bias = a.fc2_bias ? a.fc2_bias->const_data_ptr() : nullptr;
-  args.upstream = upstream.const_data_ptr();
-  args.hidden_grad = hidden_grad.mutable_data_ptr();
-  args.weighted = weighted ? weighted->mutable_data_ptr() : nullptr;
-  args.weight_of = weight_of.const_data_ptr();
-  args.choice_of = const_data<int32_t>(choice_of);
-  args.gate_grad = gate_grad.mutable_data_ptr();
-  args.offsets = const_data<int32_t>(a.offsets);
+  args.z = read(z);
+  args.fc1_bias = read(a.fc1_bias);
+  args.fc2_bias = read(a.fc2_bias);
+  args.upstream = read(upstream);
+  args.hidden_grad = update(hidden_grad);
+  args.weighted = write(weighted);
+  args.weight_of = read(weight_of);
+  args.choice_of = read<int32_t>(choice_of);
+  args.gate_grad = update(gate_grad);
+  args.offsets = read<int32_t>(a.offsets);
   args.experts = to_int(op, "E", a.experts);
   args.rows = to_int(op, "M", a.rows);
   args.hidden = to_int(op, "H", a.hidden);
@@ -272,10 +266,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   Tensor choice_of = new_empty(a.row_of, {a.rows}, ScalarType::Int);
   torch::stable::fill_(choice_of, -1);
   const Tensor weight_of = new_zeros(a.weights, {a.rows}, a.weights.scalar_type());
-  check_launch(op, launch_invert_rows(dtype_of(op, a.x), const_data<int32_t>(a.row_of),
-                                      a.weights.const_data_ptr(), static_cast<int>(a.tokens * a.k),
-                                      mutable_data<int32_t>(choice_of),
-                                      weight_of.mutable_data_ptr(), stream));
+  check_launch(op, launch_invert_rows(dtype_of(op, a.x), read<int32_t>(a.row_of), read(a.weights),
+                                      static_cast<int>(a.tokens * a.k), update<int32_t>(choice_of),
+                                      update(weight_of), stream));
 
   const Tensor hidden_grad = gemm.rows_by_matrix(upstream, a.fc2_weight, false);
   const Tensor gate_grad = new_zeros(a.weights, {a.tokens, a.k}, a.weights.scalar_type());
@@ -308,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
 
 }  // namespace m2mkd::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(m2mkd, CUDA, m) {
+M2MKD_CUDA_OPS(m) {
   m.impl("grouped_linear", TORCH_BOX(&m2mkd::cuda::grouped_linear));
   m.impl("grouped_linear_backward", TORCH_BOX(&m2mkd::cuda::grouped_linear_backward));
   m.impl("moe_mlp", TORCH_BOX(&m2mkd::cuda::moe_mlp));

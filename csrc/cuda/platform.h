@@ -17,6 +17,8 @@
 #define M2MKD_DYNAMIC_SHARED(type, name)                   \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   type* name = reinterpret_cast<type*>(name##_)
+#else
+#include M2MKD_PLATFORM  // csrc/emulator/platform.h
 #endif
 
 // Runs a statement with T as the C++ type of a DType.
