@@ -11,7 +11,9 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 def region_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region around us, or None outside one."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def to_region(tensor: MaybeTensor) -> MaybeTensor:

@@ -293,3 +293,43 @@ def check_circuit_attention(
                 f"{op}: edge_bias has shape {tuple(edge_bias.shape)}; it must be [N={edges}] or "
                 f"[B={batch}, N={edges}]"
             )
+
+
+def check_read_in(
+    q_BHUK: Tensor,
+    x_BVD: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_scale_UD: Tensor,
+    value_scale_UD: Tensor,
+    value_bias: Tensor | None,
+) -> None:
+    """Checks the arguments of `read_in_attention`."""
+    op = "read_in_attention"
+    check_rank(op, "q", q_BHUK, "[B, H, U, K]", 4)
+    check_rank(op, "x", x_BVD, "[B, V, D]", 3)
+    check_float(op, "q", q_BHUK)
+    others = {"x": x_BVD, "key_weight": key_weight, "value_weight": value_weight}
+    scales = {"key_scale": key_scale_UD, "value_scale": value_scale_UD}
+    check_together(op, "q", q_BHUK, **others, **scales, value_bias=value_bias)
+    check_same_dtype(op, "q", q_BHUK, **others, **scales, value_bias=value_bias)
+    batch, heads, latents, head_width = q_BHUK.shape
+    width = x_BVD.shape[2]
+    check_size(op, "B of x", x_BVD.shape[0], batch, "B of q")
+    if x_BVD.shape[1] == 0:
+        raise ShapeError(f"{op}: there are no tokens to attend to, x has {tuple(x_BVD.shape)}")
+    matrix = (heads * head_width, width)
+    scale_shapes: list[tuple[int, ...]] = [(latents, width), (batch, latents, width)]
+    expected: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+        "key_weight": (key_weight, [matrix]),
+        "value_weight": (value_weight, [matrix]),
+        "key_scale": (key_scale_UD, scale_shapes),
+        "value_scale": (value_scale_UD, scale_shapes),
+        "value_bias": (value_bias, [matrix[:1]]),
+    }
+    for name, (tensor, shapes) in expected.items():
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise ShapeError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; it must be "
+                f"{' or '.join(map(str, shapes))}"
+            )

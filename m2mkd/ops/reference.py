@@ -9,6 +9,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import RelaxedBernoulli
 
 from m2mkd.ops import _checks
 from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
@@ -189,3 +190,79 @@ def log_sum_over_senders(scores_N: Tensor, circuit: Circuit) -> Tensor:
     sum_U = scores_N.new_zeros(sizes).scatter_add(-1, receiver_N, shifted_N)
     log_U = sum_U.masked_fill(sum_U == 0, 1).log() + largest_U
     return log_U.gather(-1, receiver_N)
+
+
+def read_in_attention(
+    q_BHUK: Tensor,
+    x_BVD: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_scale_UD: Tensor,
+    value_scale_UD: Tensor,
+    value_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Reference of `m2mkd.ops.read_in_attention`: a key and a value of every token per latent."""
+    _checks.check_read_in(
+        q_BHUK, x_BVD, key_weight, value_weight, key_scale_UD, value_scale_UD, value_bias
+    )
+    heads, head_width = q_BHUK.shape[1], q_BHUK.shape[3]
+
+    def project(scale_UD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scaled_BUVD = x_BVD[:, None] * scale_UD[..., None, :]
+        projected: Tensor = F.linear(scaled_BUVD, weight, bias)
+        return projected.view(*projected.shape[:3], heads, head_width)
+
+    key_BUVHK = project(key_scale_UD, key_weight, None)
+    value_BUVHK = project(value_scale_UD, value_weight, value_bias)
+    scale = head_width**-0.5 if scale is None else scale
+    weights_BHUV = (torch.einsum("bhuk,buvhk->bhuv", q_BHUK, key_BUVHK) * scale).softmax(-1)
+    out_BHUK: Tensor = torch.einsum("bhuv,buvhk->bhuk", weights_BHUV, value_BUVHK)
+    return out_BHUK
+
+
+def circuit_from_signatures(
+    receiver_sig_US: Tensor, sender_sig_VS: Tensor, truncation: float
+) -> Circuit:
+    """Reference of `m2mkd.ops.circuit_from_signatures`, from the matrix of all cosines."""
+    _checks.check_signatures("circuit_from_signatures", receiver_sig_US, sender_sig_VS)
+    signatures = receiver_sig_US.detach()[:, None], sender_sig_VS.detach()[None]
+    return Circuit.from_dense(1 - F.cosine_similarity(*signatures, dim=2) <= truncation)
+
+
+def edge_log_affinity(
+    receiver_sig_US: Tensor,
+    sender_sig_VS: Tensor,
+    circuit: Circuit,
+    bandwidth: Tensor | float,
+    *,
+    sampling: str = "none",
+    temperature: float = 0.5,
+    batch_size: int | None = None,
+    uniforms_BN: Tensor | None = None,
+    normalise: bool = True,
+) -> Tensor:
+    """Reference of `m2mkd.ops.edge_log_affinity`, over all pairs as in the published code."""
+    wide = compute_dtype(receiver_sig_US.dtype)
+    signatures = receiver_sig_US.to(wide)[:, None], sender_sig_VS.to(wide)[None]
+    mask_UV = circuit.to_dense()
+    log_UV = (F.cosine_similarity(*signatures, dim=2) - 1) / bandwidth
+    if sampling == "relaxed_bernoulli":
+        if uniforms_BN is None:
+            uniforms_BN = torch.rand(batch_size or 1, circuit.num_edges, device=log_UV.device)
+        eps = torch.finfo(wide).eps
+        uniforms_BN = uniforms_BN.to(wide).clamp(eps, 1 - eps)
+        uniforms_BUV = uniforms_BN.new_full((len(uniforms_BN), *log_UV.shape), 0.5)
+        uniforms_BUV[:, circuit.receiver_of_edge, circuit.sender] = uniforms_BN
+        odds_UV = RelaxedBernoulli(torch.tensor(temperature), probs=log_UV.exp()).logits
+        noise_BUV = uniforms_BUV.log() - (1 - uniforms_BUV).log()
+        log_UV = F.logsigmoid((odds_UV + noise_BUV) / temperature)
+    elif sampling == "threshold":
+        log_UV = (log_UV.exp() > 0.5).to(wide).log() + 0 * log_UV
+    log_UV = log_UV.masked_fill(~mask_UV, -torch.inf)
+    if normalise:
+        # Receivers without a link keep -inf.
+        dead_U = (log_UV == -torch.inf).all(-1, keepdim=True)
+        total_U = log_UV.masked_fill(dead_U, 0).logsumexp(-1, keepdim=True)
+        log_UV = log_UV - total_U.masked_fill(dead_U, 0)
+    return log_UV[..., circuit.receiver_of_edge, circuit.sender]
