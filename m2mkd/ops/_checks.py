@@ -43,9 +43,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def is_eager() -> bool:
-    """Whether values may be looked at: false while tracing for compile or export."""
-    return not torch.compiler.is_compiling()
+def has_values(tensor: Tensor) -> bool:
+    """Whether values may be looked at: false while tracing and on the meta device."""
+    return not torch.compiler.is_compiling() and not tensor.is_meta
 
 
 def check_rank(op: str, name: str, tensor: Tensor, shape: str, rank: int) -> None:
@@ -109,7 +109,7 @@ def check_gate(logits_TE: Tensor, k: int, mode: str) -> None:
     if not 1 <= k <= logits_TE.shape[1]:
         raise ShapeError(f"{op}: k={k} is not between 1 and the {logits_TE.shape[1]} experts")
     check_indexable(op, "T*E", logits_TE.shape[0] * logits_TE.shape[1])
-    if is_eager() and bool(logits_TE.isnan().any()):
+    if has_values(logits_TE) and bool(logits_TE.isnan().any()):
         raise NotFiniteError(
             f"{op}: the router's logits {tuple(logits_TE.shape)} hold NaN; look for a diverged "
             "loss or a bad input image"
@@ -137,7 +137,7 @@ def check_choices(
         check_float(op, "priority", priority_T)
         check_size(op, "priority's length", priority_T.shape[0], num_tokens, "T of experts")
         check_together(op, "experts", experts_TK, priority=priority_T)
-    if is_eager() and experts_TK.numel() > 0:
+    if has_values(experts_TK) and experts_TK.numel() > 0:
         low, high = (int(value) for value in torch.aminmax(experts_TK))
         if low < 0 or high >= num_experts:
             raise ShapeError(

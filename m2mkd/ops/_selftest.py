@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m2mkd.ops import reference
-from m2mkd.ops._checks import MoEPlan, is_eager
+from m2mkd.ops._checks import MoEPlan
 from m2mkd.ops._load import EXTENSION, ExtensionWarning
 
 # Of the largest value; half types round every stage, at other places than the reference.
@@ -48,7 +48,7 @@ def has_kernels(device: torch.device) -> bool:
         return False
     index = device.index or 0
     if index not in _passed:
-        if not is_eager():
+        if torch.compiler.is_compiling():
             return True
         _passed[index] = _passes(device)
     return _passed[index]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m2mkd.ops import _checks, reference
 from m2mkd.ops._autocast import region_dtype, to_region
-from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
+from m2mkd.ops._checks import MoEPlan, compute_dtype, has_values
 from m2mkd.ops._load import EXTENSION
 from m2mkd.ops._selftest import has_kernels
 
@@ -90,7 +90,7 @@ def moe_plan(
     if capacity is not None and priority_T is not None:
         order_T = torch.argsort(priority_T, descending=True, stable=True)
     row_of_TK, token_of_M, offsets = _OPS.moe_plan(experts_TK, order_T, num_experts, capacity)
-    if capacity is not None and is_eager():
+    if capacity is not None and has_values(offsets):
         token_of_M = token_of_M[: int(offsets[-1])]
     return MoEPlan(row_of_TK, token_of_M, offsets)
 

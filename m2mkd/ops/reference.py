@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import RelaxedBernoulli
 
 from m2mkd.ops import _checks
-from m2mkd.ops._checks import MoEPlan, compute_dtype, is_eager
+from m2mkd.ops._checks import MoEPlan, compute_dtype, has_values
 from m2mkd.ops.circuit import Circuit
 
 _ACTIVATIONS = {
@@ -73,7 +73,7 @@ def moe_plan(
     token_of = torch.full((num_rows + 1,), -1, dtype=torch.long, device=device)
     token_of = token_of.scatter(0, torch.where(kept, row, num_rows), choice // num_choices)
     token_of = token_of[:num_rows]
-    if is_eager() and capacity is not None:
+    if capacity is not None and has_values(offsets):
         token_of = token_of[: int(offsets[-1])]
     return MoEPlan(
         row_of.view(experts_TK.shape).to(torch.int32),
@@ -95,7 +95,7 @@ def grouped_linear(
 ) -> Tensor:
     """Reference of `m2mkd.ops.grouped_linear`."""
     _checks.check_grouped(rows_MD, weight_EHD, bias_EH, offsets)
-    if not is_eager():
+    if not has_values(offsets):
         return _grouped_linear_static(rows_MD, weight_EHD, bias_EH, offsets)
     bounds = offsets.tolist()
     parts = [

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from op_testing import ACTIVATIONS, needs_kernels
+from op_testing import needs_kernels
 from torch import Tensor
 
 from m2mkd import ops
 from m2mkd.ops import reference
+from m2mkd.ops._checks import ACTIVATIONS
 
 pytestmark = needs_kernels
 

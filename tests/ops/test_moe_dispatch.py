@@ -4,22 +4,133 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_problems import COMPILED, PROBLEMS, SMALL, Problem, any_problem
 from op_testing import (
     DEVICES,
-    DTYPES,
-    PROBLEMS,
-    Problem,
+    DifferentiableOpTests,
+    Inputs,
+    OpTests,
     assert_near,
-    check_against,
+    draw,
     needs_kernels,
 )
-from torch import Tensor
 
 from m2mkd import ops
 from m2mkd.errors import NotFiniteError, ShapeError
 from m2mkd.ops import reference
 
 MODES = ["softmax_selected", "softmax_all", "softmax_all_renorm"]
+
+
+class TestTopkGate(DifferentiableOpTests):
+    """Problems are (tokens, experts, k, mode)."""
+
+    name = "topk_gate"
+    problems = tuple(
+        pytest.param((*sizes, mode), id=f"{what}, {mode}")
+        for mode in MODES
+        for what, sizes in {
+            "no tokens": (0, 3, 2),
+            "all sizes one": (1, 1, 1),
+            "some of eight": (65, 8, 2),
+            "all of forty": (33, 40, 40),
+        }.items()
+    )
+    small = (4, 5, 2, "softmax_all")
+    compiled = ((12, 5, 2, "softmax_all_renorm"), (17, 5, 2, "softmax_all_renorm"))
+    any_problem = st.tuples(
+        st.integers(0, 9), st.integers(3, 9), st.integers(1, 3), st.sampled_from(MODES)
+    )
+    region_dtype = torch.float32
+
+    @staticmethod
+    def inputs(problem: tuple[int, int, int, str], dtype: torch.dtype, device: str) -> Inputs:
+        tokens, experts, k, mode = problem
+        logits = draw(tokens, experts, dtype=dtype, device=device, seed=3)
+        return {"logits_TE": logits, "k": k, "mode": mode}
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_every_mode_passes_gradcheck(self, mode: str) -> None:
+        logits = draw(4, 5, dtype=torch.float64, device="cpu", seed=3)
+        assert torch.autograd.gradcheck(lambda x: ops.topk_gate(x, 2, mode)[0], logits)
+
+
+class TestMoEPlan(OpTests):
+    """The priority has ties; it matters where the problem has a capacity."""
+
+    name = "moe_plan"
+    problems = PROBLEMS
+    # Two experts that every token chooses fill their capacity, so a traced plan has no padding.
+    small = Problem(6, 1, 1, 2, 2, capacity=3)
+    compiled = COMPILED
+    any_problem = any_problem()
+    any_float = frozenset({"priority_T"})
+    dtypes = (torch.float32,)
+
+    @staticmethod
+    def inputs(problem: Problem, dtype: torch.dtype, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(5)
+        priority = torch.randint(4, (problem.tokens,), generator=generator)
+        return {
+            "experts_TK": problem.experts_TK(device),
+            "num_experts": problem.experts,
+            "capacity": problem.capacity,
+            "priority_T": priority.to(device, dtype),
+        }
+
+
+class TestMoEGather(DifferentiableOpTests):
+    """A copy: under autocast it keeps the dtype of the tokens."""
+
+    name = "moe_gather"
+    problems = PROBLEMS
+    small = SMALL
+    compiled = COMPILED
+    any_problem = any_problem()
+    region_dtype = torch.float32
+
+    @staticmethod
+    def inputs(problem: Problem, dtype: torch.dtype, device: str) -> Inputs:
+        return {"x_TD": problem.x_TD(dtype, device), "plan": problem.plan(device)}
+
+
+class TestGroupedLinear(DifferentiableOpTests):
+    """Rows of any content, weights and biases of fc1."""
+
+    name = "grouped_linear"
+    problems = PROBLEMS
+    small = SMALL
+    compiled = COMPILED
+    any_problem = any_problem()
+
+    @staticmethod
+    def inputs(problem: Problem, dtype: torch.dtype, device: str) -> Inputs:
+        weight, bias, _, _ = problem.parameters(dtype, device)
+        return {
+            "rows_MD": problem.rows_MD(dtype, device),
+            "weight_EHD": weight,
+            "bias_EH": bias,
+            "offsets": problem.plan(device).offsets,
+        }
+
+
+class TestMoECombine(DifferentiableOpTests):
+    """Rows of any content."""
+
+    name = "moe_combine"
+    problems = PROBLEMS
+    small = SMALL
+    compiled = COMPILED
+    any_problem = any_problem()
+    any_float = frozenset({"weights_TK"})
+
+    @staticmethod
+    def inputs(problem: Problem, dtype: torch.dtype, device: str) -> Inputs:
+        return {
+            "rows_MD": problem.rows_MD(dtype, device),
+            "weights_TK": problem.weights_TK(dtype, device),
+            "plan": problem.plan(device),
+        }
 
 
 def test_a_plan_small_enough_to_check_by_eye() -> None:
@@ -58,26 +169,6 @@ def test_combine_adds_weighted_rows_and_nothing_for_dropped_choices() -> None:
     rows = torch.tensor([[1.0, 2.0], [10.0, 20.0], [5.0, 7.0]])
     out = ops.moe_combine(rows, torch.tensor([[0.5, 2.0], [9.0, 3.0]]), plan)
     assert out.tolist() == [[7.0, 14.0], [15.0, 21.0]]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "experts", "k"), [(0, 3, 2), (1, 1, 1), (65, 8, 2), (33, 40, 40)]
-)
-def test_gate_equals_its_reference(
-    device: str, mode: str, dtype: torch.dtype, tokens: int, experts: int, k: int
-) -> None:
-    logits = Problem(tokens, 1, 1, experts, k).draw(
-        tokens, experts, dtype=dtype, device=device, seed=3
-    )
-    assert torch.equal(ops.topk_gate(logits, k, mode)[1], reference.topk_gate(logits, k, mode)[1])
-    check_against(
-        lambda x: ops.topk_gate(x, k, mode)[0],
-        lambda x: reference.topk_gate(x, k, mode)[0],
-        [logits],
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -175,46 +266,6 @@ def test_a_plan_refuses_capacity_zero_and_unknown_experts(module: object) -> Non
         plan(experts.long(), 4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_gather_equals_its_reference(problem: Problem, dtype: torch.dtype, device: str) -> None:
-    plan = problem.plan(device)
-    x = problem.layer(dtype, device)[0]
-    check_against(lambda x: ops.moe_gather(x, plan), lambda x: reference.moe_gather(x, plan), [x])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_combine_equals_its_reference(problem: Problem, dtype: torch.dtype, device: str) -> None:
-    plan = problem.plan(device)
-    rows = problem.draw(plan.token_of_M.shape[0], problem.width, dtype=dtype, device=device, seed=1)
-    weights = problem.layer(dtype, device)[1]
-    check_against(
-        lambda r, w: ops.moe_combine(r, w, plan),
-        lambda r, w: reference.moe_combine(r, w, plan),
-        [rows, weights],
-    )
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_grouped_linear_equals_its_reference(
-    problem: Problem, bias: bool, dtype: torch.dtype, device: str
-) -> None:
-    plan = problem.plan(device)
-    rows = problem.draw(plan.token_of_M.shape[0], problem.width, dtype=dtype, device=device, seed=1)
-    _, _, weight, shift, _, _ = problem.layer(dtype, device, bias)
-    check_against(
-        lambda r, w, b: ops.grouped_linear(r, w, b, plan.offsets),
-        lambda r, w, b: reference.grouped_linear(r, w, b, plan.offsets),
-        [rows, weight, shift],
-    )
-
-
 def padded(plan: ops.MoEPlan, extra: int) -> ops.MoEPlan:
     """The plan as a trace would make it, with rows past the last offset."""
     tail = plan.token_of_M.new_full((extra,), -1)
@@ -244,30 +295,6 @@ def test_padding_rows_are_zero_and_get_zero_gradients(module: object) -> None:
     )
     (grad,) = torch.autograd.grad(combined.sum(), rows)
     assert grad[used:].eq(0).all() and grad[:used].ne(0).any()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_non_contiguous_tensors_and_gradients_are_accepted(device: str) -> None:
-    problem = Problem(20, 6, 10, 4, 2)
-    plan = problem.plan(device)
-    x = torch.randn(6, 20, dtype=torch.float64, device=device).T.requires_grad_()
-    weight = torch.randn(6, 10, 4, dtype=torch.float64, device=device).permute(2, 1, 0)
-    weight = weight.requires_grad_()
-
-    def layer(module: object, x: Tensor, weight: Tensor) -> Tensor:
-        rows = module.grouped_linear(  # type: ignore[attr-defined]
-            module.moe_gather(x, plan),
-            weight,
-            None,
-            plan.offsets,  # type: ignore[attr-defined]
-        )
-        ones = torch.ones(1, 1, dtype=torch.float64, device=device).expand(20, 2)
-        return module.moe_combine(rows, ones, plan)  # type: ignore[attr-defined]
-
-    found = torch.autograd.grad(layer(ops, x, weight).sum(), (x, weight))
-    expected = torch.autograd.grad(layer(reference, x, weight).sum(), (x, weight))
-    for a, b in zip(found, expected, strict=True):
-        assert_near(a, b)
 
 
 def test_mismatched_tensors_are_refused_with_the_values() -> None:
@@ -301,27 +328,6 @@ def test_the_kernels_refuse_a_plan_that_points_outside() -> None:
         ops.grouped_linear(x.new_zeros(10, 4), x.new_zeros(3, 2, 4), None, plan.offsets.flip(0))
 
 
-def test_autocast_gates_in_float32_and_computes_in_bfloat16() -> None:
-    problem = Problem(12, 8, 16, 4, 2)
-    plan = problem.plan()
-    x, weights, weight, bias, _, _ = problem.layer(torch.float32)
+def test_autocast_of_half_tensors_gates_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.topk_gate(torch.randn(3, 4).bfloat16(), 2)[0].dtype == torch.float32
-        rows = ops.grouped_linear(x[plan.token_of_M.long()], weight, bias, plan.offsets)
-        assert rows.dtype == torch.bfloat16
-        assert ops.moe_combine(rows, weights, plan).dtype == torch.bfloat16
-        double = ops.grouped_linear(
-            x[plan.token_of_M.long()].double(), weight.double(), None, plan.offsets
-        )
-        assert double.dtype == torch.float64
-    rows.sum().backward()
-    assert weight.grad is not None and weight.grad.dtype == torch.float32
-
-
-@needs_kernels
-def test_second_derivatives_are_refused_rather_than_wrong() -> None:
-    logits = torch.randn(3, 4, requires_grad=True)
-    weights, _ = ops.topk_gate(logits, 2)
-    (grad,) = torch.autograd.grad(weights.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        grad.sum().backward()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_testing import Problem, assert_near, needs_kernels
+from moe_problems import Problem
+from op_testing import REGISTERED, assert_near, draw, needs_kernels
 from torch import Tensor
 
 from m2mkd import ops
@@ -19,102 +20,38 @@ def route(x: Tensor, logits: Tensor, *parameters: Tensor, capacity: int | None =
     return ops.moe_mlp(x, weights, plan, *parameters, "gelu")
 
 
-def route_in_steps(x: Tensor, logits: Tensor, *parameters: Tensor) -> Tensor:
-    """The same with a capacity, by the single ops."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
-    weights, experts = ops.topk_gate(logits, 2, "softmax_all")
-    plan = ops.moe_plan(experts, logits.shape[1], 5)
-    hidden = ops.grouped_linear(ops.moe_gather(x, plan), fc1_weight, fc1_bias, plan.offsets)
-    rows = ops.grouped_linear(hidden.relu(), fc2_weight, fc2_bias, plan.offsets)
-    return ops.moe_combine(rows, weights, plan)
-
-
 def inputs(tokens: int = 12) -> list[Tensor]:
     """x, logits and parameters of a small layer, all wanting gradients."""
     problem = Problem(tokens, 6, 10, 4, 2)
     x, _, *parameters = problem.layer(torch.float32)
-    logits = problem.draw(tokens, 4, dtype=torch.float32, device="cpu", seed=11)
+    logits = draw(tokens, 4, dtype=torch.float32, device="cpu", seed=11)
     return [x, logits, *parameters]
 
 
-def op_calls(wants_grad: bool) -> dict[str, tuple[object, ...]]:
-    """Arguments for every registered op; those of backward ops never want gradients."""
-    problem = Problem(12, 6, 10, 4, 2, capacity=5)
-    plan = problem.plan()
-    x, weights, *parameters = (
-        t.detach().requires_grad_(wants_grad) for t in problem.layer(torch.float32)
-    )
-    logits = torch.randn(12, 4).requires_grad_(wants_grad)
-    _, experts = ops.topk_gate(logits.detach(), 2)
-    rows = torch.randn(plan.token_of_M.shape[0], 6).requires_grad_(wants_grad)
-    fixed = (x, weights, *plan, *parameters, "gelu")
-    calls: dict[str, tuple[object, ...]] = {
-        "topk_gate": (logits, 2, "softmax_all"),
-        "moe_plan": (experts, torch.randperm(12), 4, 5),
-        "moe_gather": (x, plan.row_of_TK, plan.token_of_M),
-        "grouped_linear": (rows, parameters[0], parameters[1], plan.offsets),
-        "moe_combine": (rows, weights, plan.row_of_TK),
-        "moe_mlp": (*fixed, wants_grad),
-    }
-    if not wants_grad:
-        hidden = torch.randn(plan.token_of_M.shape[0], 10)
-        calls |= {
-            "topk_gate_backward": (torch.randn(12, 2), logits, experts, "softmax_all"),
-            "moe_gather_backward": (rows, plan.row_of_TK),
-            "grouped_linear_backward": (hidden, rows, parameters[0], plan.offsets, True, True),
-            "moe_combine_backward": (x, rows, weights, plan.row_of_TK),
-            "moe_mlp_backward": (x, hidden, *fixed, True, False, True),
-        }
-    return calls
-
-
-# opcheck itself looks at .grad of tensors that are not leaves.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("wants_grad", [True, False], ids=["with gradients", "without"])
-def test_every_op_passes_opcheck(wants_grad: bool) -> None:
-    for name, arguments in op_calls(wants_grad).items():
-        torch.library.opcheck(getattr(torch.ops.m2mkd, name).default, arguments)
-
-
-def test_every_schema_is_checked_and_implemented_for_the_cpu() -> None:
+def test_every_schema_is_one_that_an_op_test_covers_and_is_implemented_for_the_cpu() -> None:
     names = {
         schema.name.removeprefix("m2mkd::")
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("m2mkd::") and "circuit" not in schema.name
     }
-    assert names == set(op_calls(False))
+    assert names == set().union(*REGISTERED.values())
     assert all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"m2mkd::{name}", "CPU") for name in names
     )
 
 
-@pytest.mark.parametrize("capacity", [None, 4])
-def test_compiled_in_one_graph_it_gives_eager_values_and_gradients(capacity: int | None) -> None:
+def test_a_whole_layer_compiled_in_one_graph_gives_eager_values_and_gradients() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(route, backend="aot_eager", fullgraph=True)
     for tokens in (12, 17):  # the second is traced with a symbolic number of tokens
         leaves = inputs(tokens)
-        found = compiled(*leaves, capacity=capacity)
-        expected = route(*leaves, capacity=capacity)
+        found = compiled(*leaves, capacity=4)
+        expected = route(*leaves, capacity=4)
         assert_near(found, expected)
         found_grads = torch.autograd.grad(found.square().sum(), leaves)
         expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
         for a, b in zip(found_grads, expected_grads, strict=True):
             assert_near(a, b)
-
-
-def test_the_single_ops_compile_in_one_graph() -> None:
-    torch._dynamo.reset()
-    leaves = inputs()
-    found = torch.compile(route_in_steps, backend="aot_eager", fullgraph=True)(*leaves)
-    expected = route_in_steps(*leaves)
-    assert_near(found, expected)
-    for a, b in zip(
-        torch.autograd.grad(found.sum(), leaves),
-        torch.autograd.grad(expected.sum(), leaves),
-        strict=True,
-    ):
-        assert_near(a, b)
 
 
 @pytest.mark.slow
