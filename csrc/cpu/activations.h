@@ -49,6 +49,14 @@ M2MKD_INLINE float exp_sum(float a, float b) {
   return std::bit_cast<float>(std::bit_cast<int32_t>(p) + power);
 }
 
+// exp(x) for x <= 0 or barely above, to about 1e-7 relative; 0 below -87.3, where results would be
+// denormal; NaN stays NaN.
+M2MKD_INLINE float exp_negative(float x) {
+  const float e = exp_sum(x, 0.0f);
+  const float y = x < -87.3f ? 0.0f : e;
+  return x == x ? y : x;
+}
+
 // The normal distribution function and density: cdf(x) for x <= 0 is exp(-x^2/2) R(|x|) with R a
 // polynomial in 1 / (1 + 0.35 |x|), fitted to 3.2e-8 relative on [0, 14.5]. Beyond |x| = 13.19 the
 // exponential stays at its last normal float, which no sum notices.
