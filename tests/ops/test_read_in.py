@@ -59,6 +59,16 @@ def test_folded_and_literal_forms_have_the_same_values_and_gradients(**sizes: in
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("scale_per_example", [True, False])
+def test_examples_done_a_few_at_a_time_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, scale_per_example: bool
+) -> None:
+    inputs = arguments(batch=5, scale_per_example=scale_per_example)
+    whole = ops.read_in_attention(*inputs)
+    monkeypatch.setattr("m2mkd.ops.read_in._CACHE_BYTES", 2 * 3 * 4 * 7 * 8)
+    torch.testing.assert_close(ops.read_in_attention(*inputs), whole)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 2e-6), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)],
