@@ -138,7 +138,7 @@ def export_model(
         ExportError: A child from `m2mkd.export.errors` for every kind of failure.
     """
     check_preprocessing(card.preprocessing)
-    _check_capacity(model)
+    _check_routing(model)
     if not out.parent.is_dir():
         raise ExportError(f"folder {out.parent} for {out.name} does not exist; make it first")
     twin = _fresh_copy(model, card)
@@ -160,8 +160,14 @@ def export_model(
     return Exported(out, files, metadata, operators)
 
 
-def _check_capacity(model: nn.Module) -> None:
+def _check_routing(model: nn.Module) -> None:
     for name, layer in moe_layers(model).items():
+        if layer.gate == "expert_choice":
+            raise UnsupportedModelError(
+                f"{name} has gate: expert_choice, with which an image's result depends on the rest "
+                "of its batch; the ONNX forms know gates where tokens choose experts, so train the "
+                "student with one of those to export it"
+            )
         if layer.eval_capacity_factor is not None:
             raise UnsupportedModelError(
                 f"{name} drops tokens over a capacity at evaluation (eval_capacity_factor="

@@ -1,4 +1,5 @@
-"""Mixture-of-experts MLP with top-k routing (V-MoE, arXiv 2106.05974; FastMoE's naive gate).
+"""Mixture-of-experts MLP: tokens choose experts (V-MoE, arXiv 2106.05974; FastMoE's naive gate)
+or experts choose tokens (arXiv 2202.09368).
 
 Letters: T tokens, D width, H hidden width of an expert, E experts, K experts per token.
 """
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from m2mkd import ops
 from m2mkd.errors import ConfigError, did_you_mean
 
-GateMode = Literal["softmax_selected", "softmax_all", "softmax_all_renorm"]
+GateMode = Literal["softmax_selected", "softmax_all", "softmax_all_renorm", "expert_choice"]
 GATE_MODES = get_args(GateMode)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -30,13 +31,16 @@ class MoEMlp(nn.Module):
         num_experts: E.
         num_selected: K, at most E.
         gate: How weights come from router logits; `softmax_selected` (softmax over the K kept
-            logits) is the m2mKD student, `softmax_all` (no renormalisation) is V-MoE.
+            logits) is the m2mKD student, `softmax_all` (no renormalisation) is V-MoE. With
+            `expert_choice` every expert takes as many tokens as its capacity allows, those with
+            the largest softmax over all experts, which is also their weight; K is then the mean
+            number of experts per token, and what a token gets depends on the rest of its batch.
         activation: `gelu`, `gelu_tanh`, `relu` or `silu`.
         bias: Whether experts have biases.
         router_noise: Standard deviation of the training noise on logits, in units of 1/E (V-MoE
             uses 1).
         capacity_factor: Rows an expert may take in training, as a multiple of the even share
-            K*T/E; None drops nothing.
+            K*T/E; None drops nothing (expert choice: takes the even share).
         eval_capacity_factor: The same at evaluation.
         prioritise: Fill capacity by descending gate weight (batch prioritised routing, V-MoE
             section 2.4) instead of token order.
@@ -46,7 +50,7 @@ class MoEMlp(nn.Module):
 
     Raises:
         ConfigError: num_selected exceeds num_experts, load_weight without router_noise, an unknown
-            gate or activation, or an option that is not a number.
+            gate or activation, an option that is not a number, or one that expert choice lacks.
     """
 
     def __init__(
@@ -86,6 +90,12 @@ class MoEMlp(nn.Module):
             )
         if load_weight and not router_noise:
             raise ConfigError("moe: load_weight needs router_noise above 0 (V-MoE appendix A)")
+        if gate == "expert_choice" and (prioritise or load_weight):
+            option = "prioritise" if prioritise else "load_weight"
+            raise ConfigError(
+                f"moe: {option} means nothing with gate='expert_choice', where every expert takes "
+                "its best tokens and all take equally many; leave it out"
+            )
         self.num_experts = num_experts
         self.num_selected = num_selected
         self.gate: GateMode = gate
@@ -123,17 +133,14 @@ class MoEMlp(nn.Module):
 
         Returns:
             [..., D] in x's dtype, under autocast in the region's. Tokens whose choices were all
-            dropped by capacity give zeros.
+            dropped by capacity, or that no expert chose, give zeros.
 
         Raises:
             ConfigError: A capacity factor that rounds to no row at all.
         """
         tokens_TD = x.reshape(-1, x.shape[-1])
         clean_TE, noisy_TE = self._logits(tokens_TD)
-        weights_TK, experts_TK = ops.topk_gate(noisy_TE, self.num_selected, self.gate)
-        priority_T = weights_TK.detach().amax(dim=1) if self.prioritise else None
-        capacity = self.capacity(tokens_TD.shape[0])
-        plan = ops.moe_plan(experts_TK, self.num_experts, capacity, priority_T)
+        weights_TK, plan = self._route(noisy_TE)
         out_TD = ops.moe_mlp(
             tokens_TD,
             weights_TK,
@@ -149,11 +156,13 @@ class MoEMlp(nn.Module):
         return out_TD.reshape(x.shape)
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Rows each expert may take for `num_tokens` tokens; None means no limit.
+        """Rows each expert may take for `num_tokens` tokens; None means no limit, or no tokens.
 
         V-MoE eq. 2: round(K * T * C / E).
         """
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None and self.gate == "expert_choice":
+            factor = 1.0
         if factor is None or num_tokens == 0:
             return None
         capacity = round(self.num_selected * num_tokens * factor / self.num_experts)
@@ -165,6 +174,15 @@ class MoEMlp(nn.Module):
                 f"raise the factor to {enough} or use fewer experts"
             )
         return capacity
+
+    def _route(self, logits_TE: Tensor) -> tuple[Tensor, ops.MoEPlan]:
+        """Combine weights, and which rows of the sorted batch they belong to."""
+        capacity = self.capacity(logits_TE.shape[0])
+        if self.gate == "expert_choice":
+            return ops.expert_choice(logits_TE, capacity or 1)  # no capacity: there are no tokens
+        weights_TK, experts_TK = ops.topk_gate(logits_TE, self.num_selected, self.gate)
+        priority_T = weights_TK.detach().amax(dim=1) if self.prioritise else None
+        return weights_TK, ops.moe_plan(experts_TK, self.num_experts, capacity, priority_T)
 
     def _logits(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in float32 or better, without and with training noise."""

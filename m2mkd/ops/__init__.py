@@ -7,6 +7,7 @@ from m2mkd.ops.affinity import edge_log_affinity
 from m2mkd.ops.circuit import Circuit, circuit_from_signatures
 from m2mkd.ops.circuit_attention import circuit_attention
 from m2mkd.ops.moe_dispatch import (
+    expert_choice,
     grouped_linear,
     moe_combine,
     moe_gather,
@@ -23,6 +24,7 @@ __all__ = [
     "circuit_attention",
     "circuit_from_signatures",
     "edge_log_affinity",
+    "expert_choice",
     "grouped_linear",
     "moe_combine",
     "moe_gather",

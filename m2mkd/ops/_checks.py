@@ -116,6 +116,22 @@ def check_gate(logits_TE: Tensor, k: int, mode: str) -> None:
         )
 
 
+def check_expert_choice(logits_TE: Tensor, capacity: int) -> None:
+    """Checks the arguments of `expert_choice`; looks at the logits when not tracing."""
+    op = "expert_choice"
+    check_rank(op, "logits", logits_TE, "[T, E]", 2)
+    check_float(op, "logits", logits_TE)
+    tokens, experts = logits_TE.shape
+    if capacity < 1 or experts < 1:
+        raise ShapeError(f"{op}: {capacity=} and E={experts} must be at least 1")
+    check_indexable(op, "T*E", tokens * experts)
+    if has_values(logits_TE) and not bool(logits_TE.amax(dim=1).isfinite().all()):
+        raise NotFiniteError(
+            f"{op}: a token's largest logit of {tuple(logits_TE.shape)} is NaN or infinite; look "
+            "for a diverged loss or a bad input image"
+        )
+
+
 def check_choices(
     experts_TK: Tensor, num_experts: int, capacity: int | None, priority_T: Tensor | None
 ) -> None:

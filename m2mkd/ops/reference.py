@@ -38,6 +38,24 @@ def topk_gate(logits_TE: Tensor, k: int, mode: str = "softmax_selected") -> tupl
     return weights_TK.to(logits_TE.dtype), order_TE[:, :k].to(torch.int32)
 
 
+def expert_choice(logits_TE: Tensor, capacity: int) -> tuple[Tensor, MoEPlan]:
+    """Reference of `m2mkd.ops.expert_choice`."""
+    _checks.check_expert_choice(logits_TE, capacity)
+    (tokens, experts), device = logits_TE.shape, logits_TE.device
+    size = torch.sym_min(capacity, tokens)
+    weights_TE = logits_TE.to(compute_dtype(logits_TE.dtype)).softmax(dim=1)
+    order_ET = weights_TE.T.sort(dim=1, descending=True, stable=True).indices
+    token_EC = order_ET[:, :size].sort(dim=1).values
+    row_EC = torch.arange(experts * size, device=device).view(experts, size)
+    row_of_ET = torch.full((experts, tokens), -1, device=device).scatter(1, token_EC, row_EC)
+    plan = MoEPlan(
+        row_of_ET.T.to(torch.int32),
+        token_EC.flatten().to(torch.int32),
+        torch.arange(experts + 1, device=device, dtype=torch.int32) * size,
+    )
+    return weights_TE.to(logits_TE.dtype), plan
+
+
 def moe_plan(
     experts_TK: Tensor,
     num_experts: int,

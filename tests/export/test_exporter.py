@@ -191,6 +191,12 @@ def test_a_network_that_drops_tokens_is_refused(tmp_path: Path) -> None:
         export_model(make_network(card), card, tmp_path / "a.onnx")
 
 
+def test_a_network_whose_experts_choose_is_refused(tmp_path: Path) -> None:
+    card = make_card(gate="expert_choice")
+    with pytest.raises(UnsupportedModelError, match="gate: expert_choice"):
+        export_model(make_network(card), card, tmp_path / "a.onnx")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -55,6 +55,40 @@ def test_priority_keeps_the_most_certain_tokens() -> None:
         assert set(kept.nonzero().flatten().tolist()) & set(mine.tolist()) == set(best.tolist())
 
 
+@pytest.mark.parametrize("factor", [None, 1.5])
+def test_with_expert_choice_every_expert_serves_its_best_tokens(factor: float | None) -> None:
+    moe = layer(gate="expert_choice", eval_capacity_factor=factor).double().eval()
+    x = torch.randn(10, 8, dtype=torch.float64)
+    scores = moe.router(x).softmax(1)
+    expected = torch.zeros_like(x)
+    for e in range(4):
+        for t in scores[:, e].topk(5 if factor is None else 8).indices:  # 2 * 10 / 4, or 1.5 x 5
+            hidden = F.gelu(moe.fc1_weight[e] @ x[t] + moe.fc1_bias[e])
+            expected[t] += scores[t, e] * (moe.fc2_weight[e] @ hidden + moe.fc2_bias[e])
+    torch.testing.assert_close(moe(x), expected)
+    assert moe(x[:0]).shape == (0, 8)
+
+
+def test_expert_choice_trains_its_router_and_compiles_in_one_graph() -> None:
+    moe = layer(gate="expert_choice", importance_weight=0.1).train()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    for tokens in (12, 17):
+        x = torch.randn(tokens, 8)
+        moe.zero_grad()
+        out = compiled(x)
+        out.square().sum().backward()
+        assert moe.router.weight.grad.abs().sum() > 0
+        torch.testing.assert_close(out, moe(x))
+
+
+@pytest.mark.parametrize(
+    "options", [{"prioritise": True}, {"load_weight": 0.1, "router_noise": 1.0}]
+)
+def test_options_that_expert_choice_lacks_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} means nothing"):
+        layer(gate="expert_choice", **options)
+
+
 def test_a_capacity_that_rounds_to_zero_names_its_numbers() -> None:
     moe = MoEMlp(8, 12, num_experts=64, num_selected=1, eval_capacity_factor=1.0).eval()
     with pytest.raises(ConfigError, match="capacity 0 from num_tokens=16, num_experts=64"):

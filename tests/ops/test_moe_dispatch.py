@@ -55,6 +55,42 @@ class TestTopkGate(DifferentiableOpTests):
         assert torch.autograd.gradcheck(lambda x: ops.topk_gate(x, 2, mode)[0], logits)
 
 
+class TestExpertChoice(DifferentiableOpTests):
+    """Problems are (tokens, experts, capacity, whether logits have ties)."""
+
+    name = "expert_choice"
+    problems = (
+        pytest.param((0, 3, 2, False), id="no tokens"),
+        pytest.param((1, 1, 1, False), id="all sizes one"),
+        pytest.param((65, 8, 16, False), id="some of the tokens"),
+        pytest.param((65, 5, 30, True), id="ties"),
+        pytest.param((5, 4, 9, False), id="more room than tokens"),
+    )
+    small = (7, 3, 4, False)
+    compiled = ((12, 5, 4, True), (17, 5, 4, True))
+    any_problem = st.tuples(
+        st.integers(0, 20), st.integers(1, 5), st.integers(1, 20), st.booleans()
+    )
+    region_dtype = torch.float32
+
+    @staticmethod
+    def inputs(problem: tuple[int, int, int, bool], dtype: torch.dtype, device: str) -> Inputs:
+        tokens, experts, capacity, ties = problem
+        logits = draw(tokens, experts, dtype=dtype, device=device, seed=3)
+        if ties:
+            logits = logits.detach().round().requires_grad_()
+        return {"logits_TE": logits, "capacity": capacity}
+
+    @pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
+    def test_logits_that_decide_nothing_are_refused(self, module: object) -> None:
+        choose = module.expert_choice  # type: ignore[attr-defined]
+        for bad in ([0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]):
+            with pytest.raises(NotFiniteError, match="NaN or infinite"):
+                choose(torch.tensor([[0.0, 1.0], bad]), 1)
+        with pytest.raises(ShapeError, match="capacity=0"):
+            choose(torch.zeros(2, 2), 0)
+
+
 class TestMoEPlan(OpTests):
     """The priority has ties; it matters where the problem has a capacity."""
 
@@ -149,6 +185,19 @@ def test_a_plan_with_capacity_places_first_choices_first_and_by_priority() -> No
     assert plan.token_of_M.tolist() == [2, 1, 1, 0]
     assert plan.row_of_TK.tolist() == [[3, -1], [2, 1], [0, -1]]
     assert plan.offsets.tolist() == [0, 2, 4]
+
+
+def test_an_expert_choice_small_enough_to_check_by_eye() -> None:
+    logits = torch.tensor([[9.0, 0.0], [1.0, 1.0], [3.0, 0.0], [1.0, 1.0]])
+    weights, plan = ops.expert_choice(logits, 2)
+    # Expert 0 takes the tokens 0 and 2; expert 1 takes 1 and 3, for which it is even.
+    assert plan.token_of_M.tolist() == [0, 2, 1, 3]
+    assert plan.row_of_TK.tolist() == [[0, -1], [-1, 2], [1, -1], [-1, 3]]
+    assert plan.offsets.tolist() == [0, 2, 4]
+    torch.testing.assert_close(weights, logits.softmax(1))
+    # A third token for each: of equal ones the lower number.
+    _, plan = ops.expert_choice(logits, 3)
+    assert plan.token_of_M.tolist() == [0, 1, 2, 1, 2, 3]
 
 
 def test_a_gate_small_enough_to_check_by_eye() -> None:
