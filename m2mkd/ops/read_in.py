@@ -7,11 +7,12 @@ W_v (s_u * sum_v a_uv x_v), which is the same numbers from tensors of shape [B, 
 Letters: B batch, H heads, U latents, V tokens, K head width, D token width.
 """
 
+import torch
 from torch import Tensor
 
 from m2mkd.ops import _checks
 from m2mkd.ops._autocast import to_region
-from m2mkd.ops._checks import is_eager
+from m2mkd.ops._checks import has_values
 
 # On the CPU as many examples are done at once as keep a [B, H, U, D] tensor in the cache: forward
 # is up to twice as fast for it, because fresh memory costs page faults.
@@ -57,21 +58,18 @@ def read_in_attention(
         q_BHUK, x_BVD, key_weight, value_weight, key_scale_UD, value_scale_UD, value_bias
     )
     scale = q_BHUK.shape[3] ** -0.5 if scale is None else scale
-    per_example = (q_BHUK, x_BVD, key_scale_UD, value_scale_UD)
     shared = (key_weight, value_weight, value_bias, scale)
+    batch = q_BHUK.shape[0]
     size = q_BHUK.shape[1] * q_BHUK.shape[2] * x_BVD.shape[2] * x_BVD.element_size()
-    if not is_eager() or x_BVD.device.type != "cpu" or size * q_BHUK.shape[0] <= _CACHE_BYTES:
-        return _read_in(*per_example, *shared)
-    step = max(1, _CACHE_BYTES // size)
-    parts = zip(*(_split(tensor, q_BHUK.shape[0], step) for tensor in per_example), strict=True)
-    return torch.cat([_read_in(*part, *shared) for part in parts])
-
-
-def _split(tensor: Tensor, batch: int, step: int) -> tuple[Tensor, ...]:
-    """Parts of `step` examples; scales [U, D] that all examples share are repeated."""
-    if tensor.dim() == 2:
-        return (tensor,) * -(-batch // step)
-    return tensor.split(step)
+    if not has_values(x_BVD) or x_BVD.device.type != "cpu" or size * batch <= _CACHE_BYTES:
+        return _read_in(q_BHUK, x_BVD, key_scale_UD, value_scale_UD, *shared)
+    scales = (key_scale_UD, value_scale_UD)
+    parts = []
+    for examples in torch.arange(batch).split(max(1, _CACHE_BYTES // size)):
+        some = slice(int(examples[0]), int(examples[-1]) + 1)
+        own = (s if s.dim() == 2 else s[some] for s in scales)
+        parts.append(_read_in(q_BHUK[some], x_BVD[some], *own, *shared))
+    return torch.cat(parts)
 
 
 def _read_in(
