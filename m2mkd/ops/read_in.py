@@ -58,30 +58,31 @@ def read_in_attention(
         q_BHUK, x_BVD, key_weight, value_weight, key_scale_UD, value_scale_UD, value_bias
     )
     scale = q_BHUK.shape[3] ** -0.5 if scale is None else scale
-    shared = (key_weight, value_weight, value_bias, scale)
     batch = q_BHUK.shape[0]
     size = q_BHUK.shape[1] * q_BHUK.shape[2] * x_BVD.shape[2] * x_BVD.element_size()
+    shared = (key_weight, value_weight, value_bias, scale)
     if not has_values(x_BVD) or x_BVD.device.type != "cpu" or size * batch <= _CACHE_BYTES:
-        return _read_in(q_BHUK, x_BVD, key_scale_UD, value_scale_UD, *shared)
-    scales = (key_scale_UD, value_scale_UD)
+        return _read_in(q_BHUK, x_BVD, (key_scale_UD, value_scale_UD), *shared)
+    step = max(1, _CACHE_BYTES // size)
     parts = []
-    for examples in torch.arange(batch).split(max(1, _CACHE_BYTES // size)):
-        some = slice(int(examples[0]), int(examples[-1]) + 1)
-        own = (s if s.dim() == 2 else s[some] for s in scales)
-        parts.append(_read_in(q_BHUK[some], x_BVD[some], *own, *shared))
+    for first in range(0, batch, step):
+        some = slice(first, first + step)
+        key_scale = key_scale_UD if key_scale_UD.dim() == 2 else key_scale_UD[some]
+        value_scale = value_scale_UD if value_scale_UD.dim() == 2 else value_scale_UD[some]
+        parts.append(_read_in(q_BHUK[some], x_BVD[some], (key_scale, value_scale), *shared))
     return torch.cat(parts)
 
 
 def _read_in(
     q_BHUK: Tensor,
     x_BVD: Tensor,
-    key_scale_UD: Tensor,
-    value_scale_UD: Tensor,
+    scales: tuple[Tensor, Tensor],
     key_weight: Tensor,
     value_weight: Tensor,
     value_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
+    """The products for all examples at once; scales of keys and of values."""
     batch, heads, latents, head_width = q_BHUK.shape
     width = x_BVD.shape[2]
     key_HKD = key_weight.view(heads, head_width, width)
@@ -89,11 +90,11 @@ def _read_in(
     # Heads lead where their weights act, examples lead where their tokens do: neither weights nor
     # tokens are then copied for the products.
     q_HMK = q_BHUK.transpose(0, 1).reshape(heads, batch * latents, head_width)
-    folded_HBUD = (q_HMK @ key_HKD).view(heads, batch, latents, width) * (key_scale_UD * scale)
+    folded_HBUD = (q_HMK @ key_HKD).view(heads, batch, latents, width) * (scales[0] * scale)
     folded_BMD = folded_HBUD.transpose(0, 1).reshape(batch, heads * latents, width)
     weights_BMV = (folded_BMD @ x_BVD.transpose(1, 2)).softmax(dim=2)
     mixed_BHUD = (weights_BMV @ x_BVD).view(batch, heads, latents, width)
-    mixed_HBUD = mixed_BHUD.transpose(0, 1) * value_scale_UD
+    mixed_HBUD = mixed_BHUD.transpose(0, 1) * scales[1]
     out_HMK = mixed_HBUD.reshape(heads, batch * latents, width) @ value_HKD.transpose(1, 2)
     if value_bias is not None:
         out_HMK = out_HMK + value_bias.view(heads, 1, head_width)
