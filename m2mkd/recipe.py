@@ -165,6 +165,9 @@ class StudentConfig(_Section):
     model: str = Field(description="a model of m2mkd.models, such as vmoe_tiny_patch16_224")
     model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
     depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
+    upcycle_from: Path | None = Field(
+        None, description="a dense ViT whose weights it starts with: a file, or RUN/teacher"
+    )
 
 
 class DistillConfig(_Section):

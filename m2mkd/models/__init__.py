@@ -3,6 +3,7 @@
 from m2mkd.models import official
 from m2mkd.models.build import create_meta, create_vit, load_pretrained_vit, resolve_depths
 from m2mkd.models.stages import ViTStage, balanced_depths, check_depths, split_vit
+from m2mkd.models.upcycle import upcycle, upcycle_from
 from m2mkd.models.vmoe import VMoE
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "official",
     "resolve_depths",
     "split_vit",
+    "upcycle",
+    "upcycle_from",
 ]

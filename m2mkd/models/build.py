@@ -4,12 +4,14 @@ Students, teachers and meta models are all timm vision transformers; ours are re
 importing this package.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models import adapt_input_conv, load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
 
 from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
 from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers the students)
@@ -128,18 +130,56 @@ def _check_head(name: str, is_usable: bool, num_classes: int) -> None:
 
 def _load_file(model: VisionTransformer, path: Path) -> bool:
     """Loads a weights file and says whether its head fitted; all else has to fit."""
+    weights = read_weights(model, path, setting="teacher.checkpoint")
+    return place_weights(model, weights, source=f"teacher.checkpoint {path}")
+
+
+def read_weights(model: VisionTransformer, path: Path, *, setting: str) -> dict[str, Tensor]:
+    """Reads a .safetensors or .pth file of a ViT and adapts it to a model's images, as timm does.
+
+    Args:
+        model: Where the weights shall go.
+        path: The file.
+        setting: The recipe key that named it.
+
+    Raises:
+        CheckpointError: It is missing, corrupt or no ViT.
+    """
     if not path.is_file():
-        raise CheckpointError(f"teacher.checkpoint {path} does not exist")
+        raise CheckpointError(f"{setting} {path} does not exist")
     try:
-        weights = load_state_dict(str(path))
-        weights = checkpoint_filter_fn(weights, model)
+        weights: dict[str, Tensor] = checkpoint_filter_fn(load_state_dict(str(path)), model)
         stem = "patch_embed.proj.weight"
         weights[stem] = adapt_input_conv(model.in_chans, weights[stem])
     except Exception as error:  # unpicklers and safetensors raise many unrelated types
         reason = _first_line(error)
-        raise CheckpointError(
-            f"teacher.checkpoint {path} is not a readable ViT checkpoint: {reason}"
-        ) from error
+        raise CheckpointError(f"{setting} {path} is not a readable ViT checkpoint: {reason}") from (
+            error
+        )
+    return weights
+
+
+def place_weights(
+    model: VisionTransformer,
+    weights: dict[str, Tensor],
+    *,
+    source: str,
+    fresh: Sequence[str] = (),
+) -> bool:
+    """Loads weights into a model, except a head for other classes; all else has to fit.
+
+    Args:
+        model: It is changed.
+        weights: By the model's names.
+        source: Where they came from, for messages.
+        fresh: Parts of the names that may be missing, besides the head.
+
+    Returns:
+        Whether the head fitted.
+
+    Raises:
+        CheckpointError: Weights that have no place, are missing or of other shapes.
+    """
     head = {name for name in weights if name.startswith("head.")}
     own = model.state_dict()
     if any(name not in own or own[name].shape != weights[name].shape for name in head):
@@ -148,13 +188,15 @@ def _load_file(model: VisionTransformer, path: Path) -> bool:
         missing, unplaced = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"teacher.checkpoint {path} does not fit: {detail}") from None
+        raise CheckpointError(f"{source} does not fit: {detail}") from None
     problems = [f"no place for {name}" for name in unplaced]
-    problems += [f"{name} is missing" for name in missing if not name.startswith("head.")]
+    problems += [
+        f"{name} is missing"
+        for name in missing
+        if not name.startswith("head.") and not any(part in name for part in fresh)
+    ]
     if problems:
-        raise CheckpointError(
-            f"teacher.checkpoint {path} does not fit teacher.model: {'; '.join(problems[:5])}"
-        )
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:5])}")
     return not any(name.startswith("head.") for name in missing)
 
 

@@ -243,6 +243,15 @@ def load_model(path: Path) -> tuple[VisionTransformer, Checkpoint]:
     return model.eval(), checkpoint
 
 
+def weights_file(path: Path) -> Path:
+    """The file with the weights: `path` itself, or that of a run, stage or step folder.
+
+    Raises:
+        CheckpointError: A folder without a checkpoint, or nothing there.
+    """
+    return _find_step(path) / _WEIGHTS if not path.is_file() else path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object that m2mkd wrote.
 

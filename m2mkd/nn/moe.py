@@ -5,6 +5,7 @@ Letters: T tokens, D width, H hidden width of an expert, E experts, K experts pe
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -223,6 +224,28 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
         if isinstance(layer, MoEMlp) and layer.auxiliary_loss is not None
     ]
     return torch.stack(losses).sum() if losses else None
+
+
+def expert_copies(mlp: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
+    """State of an `MoEMlp`'s experts, all equal to one dense MLP (arXiv 2212.05055 section 2.1).
+
+    Args:
+        mlp: State dict of a timm `Mlp`: fc1.weight [H, D], fc1.bias [H], fc2.weight [D, H] and
+            fc2.bias [D]; biases may be absent. Other entries keep their names.
+        num_experts: E.
+
+    Returns:
+        fc1_weight [E, H, D], and so on, for `MoEMlp.load_state_dict(..., strict=False)`; the router
+        is not among them.
+    """
+    copies = {}
+    for name, value in mlp.items():
+        layer, _, part = name.partition(".")
+        is_expert = layer in ("fc1", "fc2")
+        copies[f"{layer}_{part}" if is_expert else name] = (
+            value.expand(num_experts, *value.shape) if is_expert else value
+        )
+    return copies
 
 
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:

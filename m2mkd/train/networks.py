@@ -12,7 +12,14 @@ import m2mkd
 from m2mkd.distill import stitch_args
 from m2mkd.distill.assembly import Assembly
 from m2mkd.errors import CheckpointError, ConfigError
-from m2mkd.models import VMoE, create_meta, create_vit, load_pretrained_vit, resolve_depths
+from m2mkd.models import (
+    VMoE,
+    create_meta,
+    create_vit,
+    load_pretrained_vit,
+    resolve_depths,
+    upcycle_from,
+)
 from m2mkd.models.checkpoint import ModelCard
 from m2mkd.nn import MoEMlp
 from m2mkd.recipe import Recipe, digest
@@ -31,7 +38,7 @@ class Networks:
 
     Raises:
         ConfigError: Models that cannot be built, or do not fit each other.
-        CheckpointError: The teacher's weights file does not exist.
+        CheckpointError: The teacher's weights file does not exist, or the student's does not fit.
     """
 
     def __init__(self, recipe: Recipe, data: ImageData) -> None:
@@ -171,6 +178,8 @@ class Networks:
                 f"student.model {section.model} is not modular; take one of "
                 f"{', '.join(timm.list_models('vmoe_*'))}"
             )
+        if section.upcycle_from is not None:
+            upcycle_from(student, section.upcycle_from)
         return student
 
     def _fresh_teacher(self, drop_path: float = 0.0) -> VisionTransformer:

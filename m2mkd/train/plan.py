@@ -37,12 +37,14 @@ class Facts:
         teacher_depths: Blocks per teacher module.
         student_depths: Blocks per student module.
         teacher_weights: Hash of the given weights file; None when there is none.
+        student_weights: The same of the dense ViT that the student starts as.
     """
 
     data: list[Any]
     teacher_depths: list[int]
     student_depths: list[int]
     teacher_weights: str | None
+    student_weights: str | None = None
 
 
 def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
@@ -57,7 +59,9 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
     data = recipe.data.model_dump(mode="json", exclude=ignored)
     base = digest(recipe.seed, recipe.precision, data, facts.data)
     teacher, distill = recipe.teacher, recipe.distill
-    student = _dump(recipe.student, exclude={"depths"})
+    student = _dump(recipe.student, exclude={"depths", "upcycle_from"})
+    if facts.student_weights is not None:
+        student["upcycled"] = facts.student_weights
     fresh_teacher = (teacher.model, teacher.model_args, facts.teacher_depths)
     count = len(facts.teacher_depths)
     meta = digest(base, "meta", _dump(recipe.meta), teacher.model, teacher.model_args, count)

@@ -31,6 +31,7 @@ from m2mkd.models.checkpoint import (
     read_checkpoint,
     read_json,
     sha256,
+    weights_file,
     write_checkpoint,
     write_text,
 )
@@ -70,11 +71,13 @@ class Run:
 
     def _facts(self) -> Facts:
         file = self.recipe.teacher.checkpoint
+        dense = self.recipe.student.upcycle_from
         return Facts(
             data=[self.data.class_names, len(self.data.train), len(self.data.validation)],
             teacher_depths=self.networks.teacher_depths,
             student_depths=self.networks.student_depths,
             teacher_weights=None if file is None else sha256(file),
+            student_weights=None if dense is None else sha256(weights_file(dense)),
         )
 
     def prepare_folder(self, pair: int | None = None) -> None:
