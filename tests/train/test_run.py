@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import SCHEDULE, metrics, tiny_recipe
+from tiny import SCHEDULE, VALUES, metrics, tiny_recipe
 
 from m2mkd.errors import CheckpointError, ConfigError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
@@ -398,6 +398,28 @@ def test_a_given_teacher_that_fits_is_taken_as_it_is(
     assert summary["accuracy"]["teacher"] == reference[1]["accuracy"]["teacher"]
     taken, given = load_model_weights(tmp_path / "run" / "teacher"), load_file(path)
     assert all(torch.equal(taken[name], given[name]) for name in given)
+
+
+def test_a_student_can_start_as_the_teacher_of_a_run(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    sizes = {**VALUES["student"]["model_args"], "embed_dim": 24, "depth": 4}
+    fresh = {"student__model_args": sizes, "student__depths": [2, 2]}
+    recipe = tiny_recipe(**fresh, student__upcycle_from=str(reference[0] / "teacher"))
+    run = Run(recipe, tmp_path / "run", KillingReporter())
+    source, _ = load_model(reference[0] / "teacher")
+    for student in (run.networks.student(), run.networks.distilled_student()):
+        mlp = student.blocks[3].mlp
+        assert torch.equal(mlp.fc1_weight[2], source.blocks[3].mlp.fc1.weight)
+    other = Run(tiny_recipe(**fresh), tmp_path / "other", KillingReporter()).plan
+    changed = {name for name, stage in run.plan.items() if stage.digest != other[name].digest}
+    assert changed == set(run.plan) - {"meta", "incubation", "teacher"}
+    with pytest.raises(CheckpointError, match=r"student\.upcycle_from .* does not fit"):
+        Run(
+            tiny_recipe(student__upcycle_from=str(reference[0] / "teacher")),
+            tmp_path / "no",
+            KillingReporter(),
+        )
 
 
 def test_pairs_begun_alone_are_kept_by_a_joint_run(
