@@ -142,16 +142,7 @@ class MoEMlp(nn.Module):
         tokens_TD = x.reshape(-1, x.shape[-1])
         clean_TE, noisy_TE = self._logits(tokens_TD)
         weights_TK, plan = self._route(noisy_TE)
-        out_TD = ops.moe_mlp(
-            tokens_TD,
-            weights_TK,
-            plan,
-            self.fc1_weight,
-            self.fc1_bias,
-            self.fc2_weight,
-            self.fc2_bias,
-            self.activation,
-        )
+        out_TD = self._apply_experts(tokens_TD, weights_TK, plan)
         if self.training:
             self.auxiliary_loss = self._auxiliary_loss(clean_TE, noisy_TE)
         return out_TD.reshape(x.shape)
@@ -184,6 +175,19 @@ class MoEMlp(nn.Module):
         weights_TK, experts_TK = ops.topk_gate(logits_TE, self.num_selected, self.gate)
         priority_T = weights_TK.detach().amax(dim=1) if self.prioritise else None
         return weights_TK, ops.moe_plan(experts_TK, self.num_experts, capacity, priority_T)
+
+    def _apply_experts(self, tokens_TD: Tensor, weights_TK: Tensor, plan: ops.MoEPlan) -> Tensor:
+        """What the experts return for the routed tokens, combined, [T, D]."""
+        return ops.moe_mlp(
+            tokens_TD,
+            weights_TK,
+            plan,
+            self.fc1_weight,
+            self.fc1_bias,
+            self.fc2_weight,
+            self.fc2_bias,
+            self.activation,
+        )
 
     def _logits(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in float32 or better, without and with training noise."""
