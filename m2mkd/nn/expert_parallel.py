@@ -121,6 +121,7 @@ def shard_experts(model: nn.Module, group: dist.ProcessGroup | None = None) -> N
             own = parameter.detach().chunk(num_ranks)[rank].clone()
             setattr(layer, part, nn.Parameter(own, requires_grad=parameter.requires_grad))
         layer.__class__ = ShardedMoEMlp
+        assert isinstance(layer, ShardedMoEMlp)
         layer.group = group
 
 

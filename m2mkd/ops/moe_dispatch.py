@@ -121,7 +121,7 @@ def expert_choice(logits_TE: Tensor, capacity: int) -> tuple[Tensor, MoEPlan]:
     if region_dtype(logits_TE) is not None:
         logits_TE = logits_TE.to(compute_dtype(logits_TE.dtype))
     (tokens, experts), device = logits_TE.shape, logits_TE.device
-    size = torch.sym_min(capacity, tokens)
+    size = min(capacity, tokens)
     weights_TE = logits_TE.to(compute_dtype(logits_TE.dtype)).softmax(dim=1)
     # Comparing with the smallest chosen value takes a fifth of the time of sorting all tokens.
     value_ET = weights_TE.detach().T.contiguous()

@@ -42,7 +42,7 @@ def expert_choice(logits_TE: Tensor, capacity: int) -> tuple[Tensor, MoEPlan]:
     """Reference of `m2mkd.ops.expert_choice`."""
     _checks.check_expert_choice(logits_TE, capacity)
     (tokens, experts), device = logits_TE.shape, logits_TE.device
-    size = torch.sym_min(capacity, tokens)
+    size = min(capacity, tokens)
     weights_TE = logits_TE.to(compute_dtype(logits_TE.dtype)).softmax(dim=1)
     order_ET = weights_TE.T.sort(dim=1, descending=True, stable=True).indices
     token_EC = order_ET[:, :size].sort(dim=1).values
