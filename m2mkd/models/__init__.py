@@ -2,11 +2,14 @@
 
 from m2mkd.models import official
 from m2mkd.models.build import create_meta, create_vit, load_pretrained_vit, resolve_depths
+from m2mkd.models.nac import NAC
+from m2mkd.models.nac_stages import split_nac
 from m2mkd.models.stages import ViTStage, balanced_depths, check_depths, split_vit
 from m2mkd.models.upcycle import upcycle, upcycle_from
 from m2mkd.models.vmoe import VMoE
 
 __all__ = [
+    "NAC",
     "VMoE",
     "ViTStage",
     "balanced_depths",
@@ -16,6 +19,7 @@ __all__ = [
     "load_pretrained_vit",
     "official",
     "resolve_depths",
+    "split_nac",
     "split_vit",
     "upcycle",
     "upcycle_from",

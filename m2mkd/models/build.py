@@ -14,14 +14,15 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
-from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers the students)
+from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers students)
+from m2mkd.models.nac import NAC
 from m2mkd.models.stages import balanced_depths, check_depths
 
 DEFAULT_MODULES = 4
 _FAMILIES = "timm's VisionTransformer family (vit_*, deit_*, deit3_*, vmoe_*)"
 
 
-def create_vit(
+def create_network(
     name: str,
     model_args: dict[str, Any],
     *,
@@ -30,8 +31,8 @@ def create_vit(
     channels: int,
     drop_path: float = 0.0,
     **extra: Any,
-) -> VisionTransformer:
-    """Creates a freshly initialised vision transformer.
+) -> VisionTransformer | NAC:
+    """Creates a freshly initialised network: a vision transformer or a NAC.
 
     Args:
         name: A timm model name.
@@ -43,7 +44,7 @@ def create_vit(
         extra: Arguments set by us, which win over the user's.
 
     Raises:
-        ConfigError: Unknown model, arguments it does not take, or not a plain ViT.
+        ConfigError: Unknown model, arguments it does not take, or of another kind.
     """
     args = {
         **model_args,
@@ -54,15 +55,29 @@ def create_vit(
         **extra,
     }
     if not timm.is_model(name):
-        known = timm.list_models("vit_*") + timm.list_models("deit*") + timm.list_models("vmoe_*")
+        known = [n for kind in ("vit_*", "deit*", "vmoe_*", "nac*") for n in timm.list_models(kind)]
         raise ConfigError(f"timm has no model '{name}'{did_you_mean(name, known)}")
     try:
         model = timm.create_model(name, **args)
     except (TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(
             f"model {name} cannot be built with {model_args}: {error}; it must be one of "
-            f"{_FAMILIES}"
+            f"{_FAMILIES}, or a nac_*"
         ) from None
+    if not isinstance(model, (VisionTransformer, NAC)):
+        raise ConfigError(
+            f"model {name} is a {type(model).__name__}; modules are cut from {_FAMILIES}, and nac_*"
+        )
+    return model
+
+
+def create_vit(name: str, model_args: dict[str, Any], **shape: Any) -> VisionTransformer:
+    """`create_network` for places that only a vision transformer can take.
+
+    Raises:
+        ConfigError: As `create_network`, or a NAC.
+    """
+    model = create_network(name, model_args, **shape)
     if not isinstance(model, VisionTransformer):
         raise ConfigError(
             f"model {name} is a {type(model).__name__}; modules are cut from {_FAMILIES}"

@@ -23,7 +23,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from m2mkd.errors import CheckpointError
-from m2mkd.models.build import create_vit
+from m2mkd.models.build import create_network
+from m2mkd.models.nac import NAC
 
 FORMAT = 1
 _WEIGHTS, _STATE, _META = "model.safetensors", "state.pt", "meta.json"
@@ -57,9 +58,9 @@ class ModelCard:
     recipe: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
-    def build(self) -> VisionTransformer:
+    def build(self) -> VisionTransformer | NAC:
         """Creates the network with fresh weights."""
-        return create_vit(
+        return create_network(
             self.model,
             self.model_args,
             num_classes=self.num_classes,
@@ -224,7 +225,7 @@ def newest_checkpoint(stage: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def load_model(path: Path) -> tuple[VisionTransformer, Checkpoint]:
+def load_model(path: Path) -> tuple[VisionTransformer | NAC, Checkpoint]:
     """Loads the trained student of a run, in eval mode on the CPU.
 
     Args:

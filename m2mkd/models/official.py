@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
+from m2mkd.models.official_nac import load_mediator, load_nac, load_read_in, load_read_out
 from m2mkd.models.stages import ViTStage
 from m2mkd.models.vmoe import VMoE
 
@@ -44,17 +45,21 @@ def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
     """Builds our module from a published checkpoint and returns it in eval mode.
 
     Args:
-        kind: `vit` (Deep Incubation's teachers and meta models) or `vmoe` (m2mKD's V-MoE, whole
-            or one student module).
+        kind: `vit` (Deep Incubation's teachers and meta models), `vmoe` (m2mKD's V-MoE, whole
+            or one student module), `nac` (a NeuralCompiler), or one of its student modules
+            `nac_readin`, `nac_mediator`, `nac_readout`.
         state_dict: Tensors (or arrays) under the published names; `stages.*` repetitions of
             `blocks.*` may be there.
         config: Sizes, as the published constructors name them: embed_dim, num_heads, patch_size,
             img_size, num_classes, mlp_ratio, qkv_bias; for V-MoE also num_expert, top_k, moe_pos,
             pre_stitch_pos, post_stitch_pos, stitch_dim, is_student, idx. The number of blocks is
-            read from the checkpoint.
+            read from the checkpoint. For NACs, the keys of the published YAML files. Beside a
+            student module's tensors, state_dict may have the `codes` [1, C] and `states` that it
+            was taught under; without them they are drawn (see its `set_latents`).
 
     Returns:
-        A timm `VisionTransformer`, a `VMoE`, or for one student module a `ViTStage`. The attribute
+        A timm `VisionTransformer`, a `VMoE`, for one student module of it a `ViTStage`, a `NAC`, or
+        one of the stages in `m2mkd.models.nac_stages`. The attribute
         `loaded_tensors` maps every tensor's published name to ours (`name[2]` for the part of
         expert 2, where the published layout has one tensor per expert).
 
@@ -77,7 +82,7 @@ def load(kind: str, state_dict: Mapping[str, Any], config: Config) -> nn.Module:
         module, names = _LOADERS[kind](tensors, config)
     except KeyError as error:
         raise ConfigError(f"config of a {kind} checkpoint lacks {error}") from None
-    _fill(module, {names[name]: tensor for name, tensor in tensors.items()}, kind)
+    _fill(module, tensors, names, kind)
     for name, (fused, expert) in experts.items():
         names[name] = f"{names[fused]}[{expert}]"
     object.__setattr__(module, "loaded_tensors", names)  # a plain dict, not a submodule
@@ -114,6 +119,10 @@ def _load_vmoe(tensors: dict[str, Tensor], config: Config) -> tuple[nn.Module, d
 _LOADERS: dict[str, Callable[[dict[str, Tensor], Config], tuple[nn.Module, dict[str, str]]]] = {
     "vit": _load_vit,
     "vmoe": _load_vmoe,
+    "nac": load_nac,
+    "nac_readin": load_read_in,
+    "nac_mediator": load_mediator,
+    "nac_readout": load_read_out,
 }
 
 
@@ -192,17 +201,18 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], kind: str) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], kind: str) -> None:
     own = module.state_dict()
-    problems = [f"no place for {name}" for name in tensors if name not in own]
-    problems += [f"{name} is missing" for name in own if name not in tensors]
+    placed = {names[name]: tensor for name, tensor in tensors.items()}
+    problems = [f"no place for {name}" for name in tensors if names[name] not in own]
+    problems += [f"{name} is missing" for name in own if name not in placed]
     problems += [
-        f"{name} has shape {list(tensor.shape)}, not {list(own[name].shape)}"
+        f"{name} has shape {list(tensor.shape)}, not {list(own[names[name]].shape)}"
         for name, tensor in tensors.items()
-        if name in own and own[name].shape != tensor.shape
+        if names[name] in own and own[names[name]].shape != tensor.shape
     ]
     if problems:
         shown = "; ".join(problems[:8])
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"checkpoint does not fit a {kind} of this config: {shown}{more}")
-    module.load_state_dict(tensors)
+    module.load_state_dict(placed)
