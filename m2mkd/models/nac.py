@@ -287,7 +287,6 @@ class NAC(nn.Module):
 
     # What timm expects of its models.
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that do not decay: positions, signatures and learned first states."""
         names = {"tokenizer.grid"}
@@ -295,12 +294,10 @@ class NAC(nn.Module):
             names |= {f"{kind}_latents.{part}" for part in ("signatures", "states")}
         return names
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory: keeps the states between blocks and recomputes the rest."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module | None:
         """The layer that gives the logits."""
         if isinstance(self.pooling, ConfidencePooling):

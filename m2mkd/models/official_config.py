@@ -183,7 +183,9 @@ def kernel_options(section: Section) -> dict[str, Any]:
     return options
 
 
-def block(section: Section, *, residual: bool, circuit: bool) -> tuple[dict[str, Any], dict]:
+def block(
+    section: Section, *, residual: bool, circuit: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`BlockOptions` and `KernelOptions` of a propagator, read-out or student of one.
 
     Args:

@@ -49,10 +49,11 @@ class CircuitCache:
         """The circuit for signatures [U, S] and [V, S], on their device."""
         if self.fixed and self._circuit is not None:
             return self._circuit
-        return self._current(receiver_sig_US, sender_sig_VS)
+        circuit: Circuit = self._current(receiver_sig_US, sender_sig_VS)
+        return circuit
 
     # Edges are found by their values, which a graph cannot hold; compiled models break here.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _current(self, receiver_sig_US: Tensor, sender_sig_VS: Tensor) -> Circuit:
         key = (receiver_sig_US.detach(), sender_sig_VS.detach())
         if self._circuit is None or not self._is_known(*key):

@@ -49,7 +49,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.residual = residual
-        self.impl = "dense"
+        self.impl = "auto"
         inner = num_heads * head_dim
         self.receiver_norm = nn.LayerNorm(state_dim)
         self.sender_norm = None if share_norm else nn.LayerNorm(state_dim)
@@ -89,7 +89,7 @@ class LatentAttention(nn.Module):
             out_BHUK = ops.circuit_attention(
                 q_BHUK, k_BHVK, v_BHVK, edges.circuit, edges.bias, impl=self.impl
             )
-        messages = self.layer_scale(self.exit(merge_heads(out_BHUK), receiver_codes_UC))
+        messages: Tensor = self.layer_scale(self.exit(merge_heads(out_BHUK), receiver_codes_UC))
         return receivers_BUD + self.drop_path(messages) if self.residual else messages
 
 
@@ -145,8 +145,8 @@ class ReadInAttention(nn.Module):
         """
         codes_UC = codes_UC.expand(states_BUD.shape[1], -1)
         query = self.query(self.receiver_norm(states_BUD), codes_UC)
-        messages = self._attend(query, self.sender_norm(tokens_BVI), codes_UC)
-        messages = self.layer_scale(self.exit(messages, codes_UC))
+        out_BUK = self._attend(query, self.sender_norm(tokens_BVI), codes_UC)
+        messages: Tensor = self.layer_scale(self.exit(out_BUK, codes_UC))
         return states_BUD + messages if self.residual else messages
 
     def _attend(self, query_BUK: Tensor, tokens_BVI: Tensor, codes_UC: Tensor) -> Tensor:
@@ -190,7 +190,8 @@ def make_layer_scale(dim: int, initial: float | None) -> nn.Module:
 
 def split_heads(x_BUI: Tensor, num_heads: int) -> Tensor:
     """[B, U, H K] as [B, H, U, K]."""
-    return x_BUI.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    heads_BUHK: Tensor = x_BUI.unflatten(2, (num_heads, -1))
+    return heads_BUHK.transpose(1, 2)
 
 
 def merge_heads(x_BHUK: Tensor) -> Tensor:

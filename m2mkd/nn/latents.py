@@ -112,11 +112,11 @@ class Seeder(nn.Module):
     def forward(self, codes_UC: Tensor, batch_size: int) -> Tensor:
         """States [B, U, D] for codes [U, C]."""
         normed_UC = self.norm(self.code_noise(codes_UC))
-        mean_UD = self.mean(normed_UC)
+        mean_UD: Tensor = self.mean(normed_UC)
         if not (self.training or self.stochastic_eval):
             return mean_UD.expand(batch_size, -1, -1)
         deviation_UD = (0.5 * self.log_variance(normed_UC)).exp()
-        noise_BUD = torch.randn(
+        states_BUD: Tensor = mean_UD + deviation_UD * torch.randn(
             batch_size, *mean_UD.shape, device=mean_UD.device, dtype=mean_UD.dtype
         )
-        return mean_UD + noise_BUD * deviation_UD
+        return states_BUD

@@ -83,7 +83,7 @@ class ModFC(nn.Module):
 
     def scale_of(self, codes_UC: Tensor) -> Tensor:
         """The factors s of the inputs, [U, I], for codes [U, C]."""
-        scale_UI = self.scale(codes_UC)
+        scale_UI: Tensor = self.scale(codes_UC)
         if self.scale_norm == "ln":
             scale_UI = F.layer_norm(scale_UI, scale_UI.shape[-1:])
         elif self.scale_norm == "l2":
@@ -134,15 +134,20 @@ class WModFC(nn.Module):
 
     def forward(self, x: Tensor, codes_UC: Tensor) -> Tensor:
         """Maps x [..., U, I] to [..., U, O] for codes [U, C] or [1, C]."""
-        scale_UI, weight, norm_UO, bias = self.fold(codes_UC)
-        y = F.linear(x * scale_UI, weight) * norm_UO
-        return y if bias is None else y + bias
+        scale_UI, norm_UO = self._scales(codes_UC)
+        y = F.linear(x * scale_UI, self.weight) * norm_UO
+        return y if self.bias is None else y + self.bias
 
     def fold(self, codes_UC: Tensor) -> Folded:
         """The layer as scales around a shared weight."""
+        scale_UI, norm_UO = self._scales(codes_UC)
+        return Folded(scale_UI, self.weight, norm_UO, self.bias)
+
+    def _scales(self, codes_UC: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of the inputs [U, I], and inverse lengths of the scaled rows [U, O]."""
         scale_UI = self.modulation(codes_UC) + 1.0
         squares_UO = F.linear(scale_UI.square(), self.weight.square())
-        return Folded(scale_UI, self.weight, (squares_UO + _WEIGHT_EPS).rsqrt(), self.bias)
+        return scale_UI, (squares_UO + _WEIGHT_EPS).rsqrt()
 
 
 class FC(nn.Module):

@@ -77,7 +77,8 @@ class ModFFN(nn.Module):
             hidden = value * F.gelu(gate)
         else:
             hidden = F.gelu(hidden)
-        return states_BUD + self.drop_path(self.layer_scale(self.fc2(hidden, codes_UC)))
+        update_BUD: Tensor = self.drop_path(self.layer_scale(self.fc2(hidden, codes_UC)))
+        return states_BUD + update_BUD
 
 
 class ReadIn(nn.Module):
@@ -158,7 +159,7 @@ class Propagator(nn.Module):
         """
         receiver_codes_UC = self.code_noise(receiver_codes_UC)
         sender_codes_VC = self.code_noise(sender_codes_VC)
-        states_BUD = self.attention(
+        states_BUD: Tensor = self.attention(
             receivers_BUD, receiver_codes_UC, senders_BVD, sender_codes_VC, edges
         )
         states_BUD = self.ffn(states_BUD, receiver_codes_UC)

@@ -188,7 +188,7 @@ class Run:
             task = LogitKDTask(student, teacher, settings)
             self._fit_network(f"baselines/{name}", task, student, card)
 
-    def load(self, name: str) -> VisionTransformer:
+    def load(self, name: str) -> Any:
         """Loads the trained network of a stage, on the run's device."""
         model, _ = load_model(self.out / name)
         return model.to(self.device)

@@ -105,7 +105,7 @@ def test_affinities_and_their_gradients_are_the_published_ones(part: str) -> Non
     assert_near(bandwidth.grad, golden[f"{part}/grad_bandwidth"], GRADIENTS)
 
 
-@pytest.mark.parametrize("impl", ["dense", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
 def test_the_network_gives_the_published_logits(golden: Golden, nac: nn.Module, impl: str) -> None:
     nac.set_attention_impl(impl)
     with torch.no_grad():
