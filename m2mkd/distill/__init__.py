@@ -3,6 +3,7 @@
 from m2mkd.distill.assembly import AssemblyReport, assemble, stitch_args
 from m2mkd.distill.hybrid import HybridOutput, freeze, pair_name, run_hybrid, run_pairs
 from m2mkd.distill.losses import PairLossSettings, boundary_loss, distillation_loss, kd_loss
+from m2mkd.distill.nac_assembly import assemble_nac
 from m2mkd.distill.tasks import LogitKDTask, PairsTask, SupervisedTask
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PairsTask",
     "SupervisedTask",
     "assemble",
+    "assemble_nac",
     "boundary_loss",
     "distillation_loss",
     "freeze",

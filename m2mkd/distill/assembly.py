@@ -23,7 +23,7 @@ class AssemblyReport:
 
     Attributes:
         transferred: Number of tensors that moved, per module.
-        dropped: Stitch tensors left out, as `module: name`.
+        dropped: Tensors left out (stitches, and what was asked to start afresh), as `module: name`.
         folded: Boundaries (module before, module after) whose stitches became one map.
         untouched: Names in the assembled network that keep their initial values.
     """

@@ -26,8 +26,8 @@ class HybridOutput:
         student_boundary: What the student module handed on: tokens [B, T, D], or logits [B, C] for
             the last module.
         meta_boundary: What the meta model has at the same place, [B, T, D] without gradient: the
-            input that the next student module is trained on. None when not asked for and for the
-            last module.
+            input that the next student module is trained on. None when not asked for, for the
+            last module, and where the student hands on another number of tokens.
     """
 
     student_logits: Tensor
@@ -56,8 +56,9 @@ def run_pairs(
 
     The meta prefix is computed once, without gradient, for all pairs; each later meta module runs
     once on the concatenated batch of all student hybrids that reach it, and once, without
-    gradient, on that of the teacher hybrids and the prefix. Images do not influence each other in
-    a transformer, so the gradients are those of separate runs, to rounding.
+    gradient, on that of the teacher hybrids and the prefix; tokens of another number, which the
+    read-in of a NAC hands on, run apart. Images do not influence each other in a transformer, so
+    the gradients are those of separate runs, to rounding.
 
     Args:
         meta: The L meta modules, frozen and in eval mode; gradients pass through them.
@@ -99,8 +100,9 @@ def run_pairs(
                 _check_boundary(i, student_out, teacher_out)
                 teacher_flow[i] = teacher_out
             student_flow[i] = student_out
+            is_comparable = boundaries and prefix is not None and prefix.shape == student_out.shape
             outputs[i] = HybridOutput(
-                student_out, teacher_out, student_out, prefix if boundaries else None
+                student_out, teacher_out, student_out, prefix if is_comparable else None
             )
     for i, output in outputs.items():
         output.student_logits = student_flow[i]
@@ -127,12 +129,19 @@ def _run_module(index: int, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _advance(stage: nn.Module, flow: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Runs a meta module once on all tensors of the flow, concatenated over the batch."""
-    if len(flow) == 1:
-        return {index: stage(x) for index, x in flow.items()}
-    sizes = [x.shape[0] for x in flow.values()]
-    parts = stage(torch.cat(list(flow.values()))).split(sizes)
-    return dict(zip(flow, parts, strict=True))
+    """Runs a meta module on all tensors of the flow: once for all of a shape, concatenated."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, x in flow.items():
+        groups.setdefault(x.shape[1:], []).append(index)
+    advanced: dict[int, Tensor] = {}
+    for indices in groups.values():
+        if len(indices) == 1:
+            advanced[indices[0]] = stage(flow[indices[0]])
+            continue
+        parts = stage(torch.cat([flow[i] for i in indices]))
+        sizes = [flow[i].shape[0] for i in indices]
+        advanced |= dict(zip(indices, parts.split(sizes), strict=True))
+    return advanced
 
 
 def _check_indices(
@@ -149,9 +158,13 @@ def _check_indices(
 
 
 def _check_boundary(index: int, student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
+    # Numbers of tokens may differ: a NAC's read-in hands on one for each of its latents.
+    if student.dim() != teacher.dim() or (student.shape[0], student.shape[-1]) != (
+        teacher.shape[0],
+        teacher.shape[-1],
+    ):
         raise ShapeError(
             f"pair {index}: the student module gives {list(student.shape)}, the teacher module "
-            f"{list(teacher.shape)}; student and teacher need the same patch size, prefix tokens "
-            "and classes, and stitches of the teacher's width"
+            f"{list(teacher.shape)}; student and teacher need the same classes, and stitches of "
+            "the teacher's width"
         )

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from m2mkd.models import official
+from m2mkd.distill import (
+    PairLossSettings,
+    assemble_nac,
+    distillation_loss,
+    freeze,
+    run_hybrid,
+    run_pairs,
+)
+from m2mkd.models import official, split_vit
 from m2mkd.nn import FC, LatentAttention, ModFC, WModFC
 from m2mkd.ops import edge_log_affinity
 
@@ -272,3 +280,138 @@ def test_every_tensor_is_accounted_for(golden: Golden, nac: nn.Module) -> None:
     assert set(nac.loaded_tensors) == {n for n in golden.group("state") if not n.startswith("__")}
     assert set(nac.loaded_tensors.values()) == set(nac.state_dict())
     assert any(isinstance(module, LatentAttention) for module in nac.modules())
+
+
+class Pair:
+    """A published NAC pair: teacher and meta from the shared file, and one student module."""
+
+    def __init__(self, name: str) -> None:
+        self.golden = Golden(name)
+        config = self.golden.config
+        self.shared = Golden(config["shared_file"].removesuffix(".npz"))
+        shared = self.shared.config
+        teacher = official.load("vit", self.shared.group("teacher"), shared)
+        meta = official.load("vit", self.shared.group("meta"), shared)
+        self.teachers = split_vit(freeze(teacher), shared["teacher_divided_depths"])
+        self.meta = split_vit(freeze(meta), shared["meta_divided_depths"])
+        latents = {name: self.golden[f"in/{name}"] for name in ("codes", "states")}
+        self.student = official.load(
+            KINDS[config["student"]], {**self.golden.group("student"), **latents}, config
+        )
+        self.index = config["teacher_tuple"][0]
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        output = run_pairs(
+            self.meta,
+            {self.index: self.student},
+            {self.index: self.teachers[self.index]},
+            self.shared["in/x"],
+        )[self.index]
+        assert_near(output.student_boundary, self.golden["mid/student_module_output"])
+        assert output.teacher_logits is not None
+        return output.student_logits, output.teacher_logits
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_hybrids_give_the_published_logits(name: str) -> None:
+    pair = Pair(name)
+    assert pair.index == PAIRS[name]
+    student, teacher = pair.run()
+    assert_near(student, pair.golden["mid/student_outputs"])
+    assert_near(teacher, pair.golden["mid/teacher_outputs"])
+    alone = run_hybrid(pair.meta, pair.index, pair.student, pair.shared["in/x"])
+    assert_near(alone, pair.golden["mid/student_outputs"])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    ("key", "labels", "settings", "smoothing"),
+    [
+        ("soft_alpha0.5_tau1_softtarget", "soft", {}, 0.0),
+        ("soft_alpha0.7_tau2_softtarget", "soft", {"alpha": 0.7, "temperature": 2.0}, 0.0),
+        ("hard_alpha0.5_softtarget", "soft", {"kd": "hard"}, 0.0),
+        ("base_softtarget_only", "soft", {"alpha": 0.0}, 0.0),
+        ("soft_alpha0.5_tau1_labelsmoothing0.1", "hard", {}, 0.1),
+        ("soft_alpha0.5_tau1_ce", "hard", {}, 0.0),
+    ],
+)
+def test_losses_are_the_published_ones(
+    name: str, key: str, labels: str, settings: dict, smoothing: float
+) -> None:
+    pair = Pair(name)
+    student, teacher = pair.run()
+    loss = distillation_loss(
+        student,
+        teacher,
+        pair.shared[f"in/labels_{labels}"],
+        PairLossSettings(kd_reduction="numel", **settings),
+        label_smoothing=smoothing,
+    )
+    assert_near(loss, pair.golden[f"loss/{key}"])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair_gradients_are_the_published_ones(name: str) -> None:
+    pair = Pair(name)
+    student, teacher = pair.run()
+    settings = PairLossSettings(kd_reduction="numel")
+    distillation_loss(student, teacher, pair.shared["in/labels_soft"], settings).backward()
+    stored = pair.golden.group("grad")
+    assert len(stored) == len(list(pair.student.parameters()))
+    check_gradients(pair.student, stored)
+    assert all(p.grad is None for p in [*pair.meta.parameters(), *pair.teachers.parameters()])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_student_layer_scales_start_as_published(name: str) -> None:
+    """The published read-in student starts its FFN at 1e-6, the others at the configured value."""
+    golden = Golden(name)
+    state = {key: torch.from_numpy(value) for key, value in golden.group("student").items()}
+    fresh, names = official._LOADERS[KINDS[golden.config["student"]]](state, golden.config)
+    for key, value in golden.group("initial_gamma").items():
+        assert_near(fresh.get_parameter(names[key]), torch.from_numpy(value), 0.0)
+
+
+STUDENTS = {
+    "ReadInStudent": "nac_readin",
+    "MediatorStudent_1": "nac_mediator",
+    "MediatorStudent_2": "nac_mediator",
+    "ReadOutStudent": "nac_readout",
+}
+
+
+@pytest.mark.parametrize("variant", ["imagenet", "tinynet"])
+def test_assembly_moves_and_leaves_what_the_published_code_does(
+    variant: str, golden: Golden, nac: nn.Module
+) -> None:
+    students = Golden("nac_from_students")
+    stored = {
+        key: set(students.arrays[f"{variant}/{key}"].tolist())
+        for key in ("loaded", "student_tensors_not_used", "nac_tensors_left_at_init")
+    }
+    modules, published = [], {}
+    for i, (name, kind) in enumerate(STUDENTS.items()):
+        state = students.group(f"student/{name}")
+        config = Golden("m2mkd_2mod_nac_idx" + ("last" if "ReadOut" in name else "0")).config
+        config = {**config, "latent_attention_kwargs": {"share_layernorm": "Mediator" in name}}
+        config.pop("tokenizer_kwargs" if "Mediator" in name else "", None)
+        student = official.load(kind, state, config)
+        modules.append(student.state_dict())
+        published |= {(i, ours): f"{name}/{key}" for key, ours in student.loaded_tensors.items()}
+    choice = "keep" if variant == "imagenet" else "reset"
+    before = {name: value.clone() for name, value in nac.state_dict().items()}
+    report = assemble_nac(nac, modules, grid=choice, pooling=choice)
+    ours_of = {ours: key for key, ours in nac.loaded_tensors.items()}
+    assert {ours_of[name] for name in report.untouched} == stored["nac_tensors_left_at_init"]
+    dropped = {(int(i), name) for i, name in (line.split(": ") for line in report.dropped)}
+    assert {published[key] for key in dropped} == stored["student_tensors_not_used"]
+    assert sum(report.transferred) == len(stored["loaded"])
+    after = nac.state_dict()
+    values = {
+        f"{key}/{n}": v for key in STUDENTS for n, v in students.group(f"student/{key}").items()
+    }
+    for line in stored["loaded"]:
+        place, source = line.split("=")
+        assert torch.equal(after[nac.loaded_tensors[place]], torch.from_numpy(values[source]))
+    for name in report.untouched:
+        assert torch.equal(after[name], before[name])
