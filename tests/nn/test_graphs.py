@@ -1,5 +1,7 @@
 """Graph priors: their shapes and errors, and signatures fitted to them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -198,3 +200,10 @@ def test_a_fit_that_cannot_be_made_says_why(
 def test_a_signature_width_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="signature width 0"):
         prior_signatures("complete", 4, 0, seed=0)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_guide_has_every_prior_with_its_options(name: str) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "circuits.md").read_text()
+    options = ", ".join(f"`{option}={value}`" for option, value in prior_options(name).items())
+    assert f"| `{name}` | {options}{' ' if options else ''}| " in guide
