@@ -16,6 +16,7 @@ from m2mkd.errors import M2MKDError, did_you_mean
 _COMMANDS = {
     "train": ("m2mkd.cli.train", "Train a modular student from a recipe."),
     "evaluate": ("m2mkd.cli.evaluate", "Measure a run's or ONNX file's accuracy."),
+    "report": ("m2mkd.cli.report", "Write one HTML page about a run or several seeds."),
     "export": ("m2mkd.cli.export", "Write a run's student as a verified ONNX file."),
     "predict": ("m2mkd.cli.predict", "Classify images with an exported ONNX file."),
     "recipes": ("m2mkd.cli.recipes", "List and show the built-in recipes."),

@@ -125,5 +125,5 @@ def _table(summary: dict[str, Any], out: Path) -> str:
     for key, text in (("teacher_hybrids", "teacher"), ("student_hybrids", "student")):
         values = " ".join(f"{value:.1f}" for value in accuracy[key])
         lines.append(f"  {f'meta with one {text} module':<32} {values}")
-    lines.append(f"results and plot: {out}/summary.json, {out}/curves.png")
+    lines.append(f"results: {out}/summary.json, report: {out}/report.html")
     return "\n".join(lines)

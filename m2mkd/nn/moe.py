@@ -167,6 +167,20 @@ class MoEMlp(nn.Module):
             )
         return capacity
 
+    @torch.no_grad()
+    def expert_rows(self, x: Tensor) -> Tensor:
+        """Counts the tokens that each expert takes, after capacity; training noise is left out.
+
+        Args:
+            x: Tokens [..., D], as `forward` takes them.
+
+        Returns:
+            [E], int64, on x's device.
+        """
+        clean_TE, _ = self._logits(x.reshape(-1, x.shape[-1]))
+        _, plan = self._route(clean_TE)
+        return plan.offsets.diff().long()
+
     def _route(self, logits_TE: Tensor) -> tuple[Tensor, ops.MoEPlan]:
         """Combine weights, and which rows of the sorted batch they belong to."""
         capacity = self.capacity(logits_TE.shape[0])

@@ -1,4 +1,4 @@
-"""The evaluate stage: what a run reached, in `summary.json`, `curves.png` and sample images."""
+"""The evaluate stage: what a run reached, in `summary.json`, `report.html` and sample images."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from m2mkd.distill import pair_name, run_hybrid
+from m2mkd.distill import run_hybrid
 from m2mkd.models import split_vit
 from m2mkd.models.checkpoint import read_json, write_failure, write_text
 from m2mkd.train.evaluate import evaluate_model
-from m2mkd.train.loop import read_metrics
+from m2mkd.train.report import grade_run, write_report
 
 if TYPE_CHECKING:
     from m2mkd.train.run import Run
@@ -54,7 +54,8 @@ def summarise(run: "Run") -> dict[str, Any]:
         run.reporter.message(f"{run.data.bad_images} unreadable images were left out")
     write_text(run.out / "summary.json", json.dumps(summary, indent=1))
     _write_samples(run)
-    _plot_curves(run)
+    grade_run(run.out, run.data, run.device)
+    write_report([run.out], run.out / "report.html")
     return summary
 
 
@@ -106,35 +107,3 @@ def _write_samples(run: "Run") -> None:
             image.save(folder / f"{index:05d}_{safe}.png")
     except OSError as error:
         raise write_failure(folder, error) from error
-
-
-def _plot_curves(run: "Run") -> None:
-    """Validation accuracy by epoch of everything trained end to end, and the pairs' losses."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    accuracy, losses = figure.subplots(1, 2)
-    for name, plan in run.plan.items():
-        lines = read_metrics(run.out / name)
-        points = [(x["epoch"] + 1, x["validation"]["top1"]) for x in lines if "validation" in x]
-        if points and plan.stage in ("end_to_end", "baselines"):
-            epochs, values = zip(*points, strict=True)
-            label = "m2mKD" if name == "end_to_end" else name.removeprefix("baselines/")
-            accuracy.plot(epochs, values, marker=".", label=label)
-    teacher = _top1(run, "teacher")
-    accuracy.axhline(teacher, color="grey", linestyle="--", label="teacher")
-    accuracy.set(xlabel="end-to-end epoch", ylabel="top-1 accuracy, %", title="Student")
-    accuracy.legend()
-    for i in range(run.networks.num_modules):
-        lines = read_metrics(run.out / "distill" / pair_name(i))
-        points = [(x["step"], x["loss"]) for x in lines]
-        if points:
-            losses.plot(*zip(*points, strict=True), label=f"pair {i}", linewidth=1)
-    losses.set(xlabel="step", ylabel="loss", title="m2mKD pairs")
-    losses.legend()
-    try:
-        figure.savefig(run.out / "curves.png", dpi=120)
-    except OSError as error:
-        raise write_failure(run.out / "curves.png", error) from error

@@ -1,0 +1,278 @@
+"""The report of a run: what the grades count, what the page holds, and which runs go together."""
+
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny_recipe
+
+from m2mkd.errors import CheckpointError, ConfigError
+from m2mkd.models.checkpoint import load_model
+from m2mkd.nn import MoEMlp
+from m2mkd.recipe import load_recipe
+from m2mkd.train.data import ImageData
+from m2mkd.train.progress import Reporter
+from m2mkd.train.report import grades as grading
+from m2mkd.train.report import rebuild_report, write_report
+from m2mkd.train.report.page import chance_range, duration, gains, t_interval
+from m2mkd.train.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run."""
+    out = tmp_path_factory.mktemp("report") / "run"
+    train(tiny_recipe(), out, Reporter(quiet=True))
+    return out
+
+
+class Page(HTMLParser):
+    """Collects what a page holds, and fails on tags that do not match."""
+
+    VOID = ("meta", "br", "img", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.ids: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data.split(":")[0])
+
+
+def test_a_finished_run_has_a_page_with_every_part(run: Path) -> None:
+    page = Page((run / "report.html").read_text())
+    assert page.headings == [
+        "What m2mKD gained",
+        "Learning curves",
+        "Hybrids",
+        "Training losses",
+        "Load of the experts",
+        "Calibration and confusion",
+        "Time and throughput",
+        "Recipe and versions",
+    ]
+
+
+def test_the_page_loads_nothing_and_is_small(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    for name, value in Page(text).attributes:
+        if name in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith(("data:", "#")), (name, value)
+    assert not re.search(r"@import|url\((?!#)", text) and "<script" not in text
+    assert len(text) < 1_000_000
+
+
+def test_ids_on_the_page_are_unique(run: Path) -> None:
+    ids = Page((run / "report.html").read_text()).ids
+    assert ids and len(ids) == len(set(ids))
+
+
+def test_pictures_take_every_colour_from_the_theme(run: Path) -> None:
+    for svg in re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), flags=re.DOTALL):
+        assert not re.search(r"(fill|stroke): #", svg)
+
+
+def test_the_page_says_what_the_summary_says(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    for value in (summary["accuracy"]["m2mkd"], summary["accuracy"]["teacher"]):
+        assert f"{value:.2f}" in text
+    for gain in summary["gain"].values():
+        assert f"{gain:+.2f}".replace("-", "\N{MINUS SIGN}") in text
+
+
+def test_recipe_text_cannot_break_out_of_the_page(run: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "run"
+    shutil.copytree(run, hostile)
+    path = hostile / "recipe.yaml"
+    path.write_text(
+        path.read_text().replace("name: tiny", "name: tiny # <script>alert(1)</script>")
+    )
+    assert "<script" not in write_report([hostile], tmp_path / "r.html").read_text()
+
+
+def test_a_run_under_way_gives_a_page_of_what_there_is(tmp_path: Path) -> None:
+    for stage in ("meta", "teacher"):
+        train(tiny_recipe(), tmp_path / "run", Reporter(quiet=True), stage=stage)
+    rebuild_report([tmp_path / "run"], tmp_path / "r.html", Reporter(quiet=True))
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.headings[0] == "Not finished" and "Training losses" in page.headings
+    assert "What m2mKD gained" not in page.headings
+
+
+def test_several_seeds_are_shown_with_their_spread(run: Path, tmp_path: Path) -> None:
+    runs = [run]
+    for seed in (1, 2):
+        other = tmp_path / f"seed-{seed}"
+        shutil.copytree(run, other)
+        recipe = other / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("seed: 0", f"seed: {seed}"))
+        summary = json.loads((other / "summary.json").read_text())
+        for name in summary["gain"]:
+            summary["gain"][name] += seed
+        (other / "summary.json").write_text(json.dumps(summary))
+        runs.append(other)
+    text = write_report(runs, tmp_path / "r.html").read_text()
+    assert "mean of 3 seeds" in text and "confidence interval of the gain over 3 seeds" in text
+    base = json.loads((run / "summary.json").read_text())["gain"]["logit_kd"]
+    assert f"{base + 1:+.2f}".replace("-", "\N{MINUS SIGN}") in text
+
+
+def test_runs_of_different_recipes_do_not_go_on_one_page(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (run / "recipe.yaml").read_text().replace("alpha: 0.5", "alpha: 0.25", 1)
+    (other / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="they differ in distill"):
+        write_report([run, other], tmp_path / "r.html")
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no run folder: it has no recipe\.yaml"):
+        write_report([tmp_path], tmp_path / "r.html")
+
+
+class FixedLogits(nn.Module):
+    """Answers with given logits, batch after batch."""
+
+    def __init__(self, logits_NC: Tensor) -> None:
+        super().__init__()
+        self.logits_NC = logits_NC
+        self.position = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.logits_NC[self.position : self.position + len(images)]
+        self.position += len(images)
+        return rows
+
+
+def digits() -> ImageData:
+    return ImageData(tiny_recipe().data, seed=0)
+
+
+def test_grades_of_known_answers_are_right() -> None:
+    data = digits()
+    labels = torch.from_numpy(data.validation.labels)
+    # 9 of 10 wherever the label is not 3, and always 4 for a 3: sure of itself at 0.9.
+    answers = torch.where(labels == 3, 4, labels)
+    probabilities = torch.full((len(labels), 10), 0.1 / 9)
+    probabilities[torch.arange(len(labels)), answers] = 0.9
+    grades = grading.grade(FixedLogits(probabilities.log()), data, torch.device("cpu"))
+    threes = int((labels == 3).sum())
+    right = (len(labels) - threes) / len(labels)
+    assert grades["count"] == len(labels)
+    assert grades["top1"] == pytest.approx(100 * right, abs=1e-3)
+    assert grades["ece"] == pytest.approx(abs(right - 0.9), abs=1e-4)
+    assert sum(row[0] for row in grades["bins"]) == len(labels)
+    assert grades["classes"][3] == [threes, 0]
+    assert [3, 4, threes] in grades["confusion"]
+    assert len(grades["mistakes"]) == 12
+    assert all(item["true"] == 3 and item["predicted"] == 4 for item in grades["mistakes"])
+
+
+def test_certainty_belongs_to_the_last_bin_and_zero_to_the_first() -> None:
+    bins = np.zeros((grading.BINS, 3))
+    grading._count_bins(bins, torch.tensor([0.0, 1.0]), torch.tensor([False, True]))
+    assert bins[0, 0] == 1 and bins[-1].tolist() == [1, 1, 1]
+
+
+def test_expert_rows_are_the_tokens_that_the_layer_routes(run: Path) -> None:
+    model, _ = load_model(run)
+    seen: list[Any] = []
+    layer = next(m for m in model.modules() if isinstance(m, MoEMlp))
+    images = torch.randn(5, 1, 8, 8)
+    with grading.expert_rows(model) as layers:
+        handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        model(images)
+        handle.remove()
+    tokens = seen[0].reshape(-1, seen[0].shape[-1])
+    _, experts = layer.router(tokens).topk(2, dim=1)
+    assert layers[0]["rows"] == experts.flatten().bincount(minlength=3).tolist()
+    assert layers[0]["choices"] == 2 * len(tokens)
+    assert [entry["name"] for entry in layers] == ["blocks.0.mlp", "blocks.1.mlp"]
+    with grading.expert_rows(model) as closed:
+        pass
+    model(images)
+    assert closed[0]["rows"] == [0, 0, 0]
+
+
+def test_capacity_shows_as_dropped_choices() -> None:
+    layer = MoEMlp(8, 8, num_experts=4, num_selected=1, eval_capacity_factor=0.5).eval()
+    rows = layer.expert_rows(torch.randn(64, 8))
+    assert int(rows.max()) <= 8 and int(rows.sum()) < 64
+
+
+def test_grades_of_another_student_are_not_used(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    assert grading.read_grades(other) is not None
+    done = json.loads((other / "end_to_end" / "DONE").read_text())
+    (other / "end_to_end" / "DONE").write_text(json.dumps({**done, "digest": "other"}))
+    assert grading.read_grades(other) is None
+
+
+def test_rebuilding_grades_a_run_that_has_none(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    expected = json.loads((other / "grades.json").read_text())
+    (other / "grades.json").unlink()
+    rebuild_report([other], other / "report.html", Reporter(quiet=True))
+    assert json.loads((other / "grades.json").read_text()) == expected
+    assert (other / "report.html").read_text().count("<svg") > 10
+    assert load_recipe(str(other / "recipe.yaml")).name == "tiny"
+
+
+def test_the_interval_of_gains_is_students_t_over_seeds() -> None:
+    low, high = t_interval([1.0, 2.0, 3.0]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert t_interval([1.0]) is None
+    found = gains([{"gain": {"a": 1.0, "b": 2.0}}, {"gain": {"a": 3.0}}])
+    assert [(gain.name, gain.mean, gain.by_seed) for gain in found] == [("a", 2.0, [1.0, 3.0])]
+
+
+def test_the_range_of_chance_is_that_of_a_binomial() -> None:
+    assert chance_range(50.0, 100) == pytest.approx(9.8)
+    assert chance_range(100.0, 100) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (8.24, "8.2 s"),
+        (59.97, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (2500, "41 min"),
+        (18720, "5 h 12 min"),
+    ],
+)
+def test_durations_are_written_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
