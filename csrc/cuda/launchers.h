@@ -66,10 +66,61 @@ struct ActivateBackward {
 int launch_activate_backward(DType dtype, Activation act, const ActivateBackward& args,
                              void* stream);
 
+// Rows that column sums add before they meet those of other chunks.
+constexpr int kColumnChunk = 128;
+
 // out[e] = sum over the rows of expert e of scale[row] rows[row], in a fixed order; scale may be
-// null.
+// null. `count` rows; partial is scratch, [ceil(count / kColumnChunk) + experts, width] in the
+// compute type.
 int launch_sum_columns(DType dtype, const void* rows, const void* scale, const int32_t* offsets,
-                       int experts, int width, void* out, void* stream);
+                       int experts, int count, int width, void* partial, void* out, void* stream);
+
+// Attention along a circuit's edges: see csrc/library.cpp. Widths go up to kMaxHeadWidth; scores,
+// biases and log-sum-exps are in the compute type.
+constexpr int kMaxHeadWidth = 256;
+
+struct CircuitForward {
+  const void *q, *k, *v;  // [batch, heads, receivers or senders, width]
+  const void* bias;       // [edges] (bias_stride 0) or [batch, edges] (bias_stride edges), or null
+  int64_t bias_stride;
+  const int32_t* row_ptr;
+  const int32_t* sender;
+  double scale;
+  int batch, heads, receivers, senders, edges, width;
+  void* out;
+  void* lse;  // [batch, heads, receivers]
+};
+int launch_circuit_forward(DType dtype, const CircuitForward& args, void* stream);
+
+struct CircuitBackward {
+  const void *grad, *out, *q, *k, *v;
+  const void* bias;  // as in CircuitForward
+  int64_t bias_stride;
+  const void* lse;
+  const int32_t *row_ptr, *sender;              // by receiver
+  const int32_t *col_ptr, *receiver, *edge_id;  // by sender
+  double scale;
+  int batch, heads, receivers, senders, edges, width;
+  void* delta;  // [batch, heads, receivers], compute type: written by the first, read by the second
+  void* q_grad;
+  void *k_grad, *v_grad;
+  void* edge_grad;  // [batch, parts, edges], compute type, or null where not wanted
+  int parts;        // see circuit_parts; heads where edge_grad is null
+};
+
+// Into how many parts launch_circuit_receivers should cut the heads of each example where edge_grad
+// is wanted: more parts are more blocks, and as many summands for the caller to add up.
+int circuit_parts(DType dtype, const CircuitBackward& args);
+
+// Writes delta, q_grad and edge_grad, whose entries are sums over the heads of a part.
+int launch_circuit_receivers(DType dtype, const CircuitBackward& args, void* stream);
+
+// Writes k_grad and v_grad.
+int launch_circuit_senders(DType dtype, const CircuitBackward& args, void* stream);
+
+// out[s, i] = sum over p of terms[s, p, i], in order of p.
+int launch_sum_parts(DType dtype, const void* terms, int sums, int parts, int count, void* out,
+                     void* stream);
 
 // Copies device integers to the host and waits for them.
 int read_integers(const int32_t* from, int count, int32_t* to, void* stream);

@@ -57,11 +57,15 @@ void activate(const char* op, Activation act, const Tensor& z, const std::option
 
 Tensor sum_columns(const char* op, const Tensor& rows, const std::optional<Tensor>& scale,
                    const Tensor& offsets, void* stream) {
-  const int64_t experts = offsets.size(0) - 1;
-  Tensor out = new_empty(rows, {experts, rows.size(1)}, rows.scalar_type());
-  check_launch(op, launch_sum_columns(dtype_of(op, rows), read(rows), read(scale),
-                                      read<int32_t>(offsets), static_cast<int>(experts),
-                                      to_int(op, "width", rows.size(1)), write(out), stream));
+  const int64_t experts = offsets.size(0) - 1, count = rows.size(0), width = rows.size(1);
+  const int64_t chunks = (count + kColumnChunk - 1) / kColumnChunk;
+  const Tensor partial =
+      new_empty(rows, {chunks + experts, width}, compute_dtype(rows.scalar_type()));
+  Tensor out = new_empty(rows, {experts, width}, rows.scalar_type());
+  check_launch(
+      op, launch_sum_columns(dtype_of(op, rows), read(rows), read(scale), read<int32_t>(offsets),
+                             to_int(op, "E", experts), to_int(op, "M", count),
+                             to_int(op, "width", width), update(partial), write(out), stream));
   return out;
 }
 

@@ -1,7 +1,7 @@
-// Routing plan: a stable counting sort in three kernels, integers only, without atomics. Blocks of
-// kPlanBlock choices in listing order are counted, the counts are scanned per expert, and every
-// choice finds its row from the scan, the earlier warps of its block and the lower lanes of its
-// warp.
+// Routing plan: a stable counting sort in four kernels, integers only, without atomics. Blocks of
+// kPlanBlock choices in listing order are counted, the counts are scanned per expert and the
+// experts' rows after one another, and every choice finds its row from the scans, the earlier warps
+// of its block and the lower lanes of its warp.
 
 #include "launchers.h"
 #include "platform.h"
@@ -69,27 +69,68 @@ __global__ void count_kernel(Listing list, int experts, int32_t* counts) {
     for (int w = 0; w < kWarps; ++w) {
       sum += warp_counts[w * experts + e];
     }
-    counts[blockIdx.x * experts + e] = sum;
+    counts[int64_t(blockIdx.x) * experts + e] = sum;
   }
 }
 
-// One block: counts become the choices of each expert in earlier blocks; offsets are filled.
-__global__ void scan_kernel(int32_t* counts, int blocks, int experts, int limit, int32_t* offsets) {
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-    int sum = 0;
-    for (int b = 0; b < blocks; ++b) {
-      const int count = counts[b * experts + e];
-      counts[b * experts + e] = sum;
-      sum += count;
-    }
-    offsets[e + 1] = limit >= 0 && sum > limit ? limit : sum;
+// Inclusive sum over the block's threads in order; the last thread's is returned on all as `total`.
+// `scratch` holds one entry per warp, and is free again on return.
+__device__ int block_scan(int x, int* scratch, int& total) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int lower = __shfl_up_sync(kFullMask, x, step);
+    x += lane >= step ? lower : 0;
+  }
+  if (lane == kWarp - 1) {
+    scratch[warp] = x;
   }
   __syncthreads();
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    x += w < warp ? scratch[w] : 0;
+    total += scratch[w];
+  }
+  __syncthreads();
+  return x;
+}
+
+// A block per expert: counts become its choices in earlier blocks; offsets[e + 1] its rows.
+__global__ void scan_blocks_kernel(int32_t* counts, int blocks, int experts, int limit,
+                                   int32_t* offsets) {
+  M2MKD_SHARED(int, scratch, kWarps);
+  const int expert = blockIdx.x;
+  int earlier = 0;
+  for (int first = 0; first < blocks; first += kPlanBlock) {
+    const int b = first + threadIdx.x;
+    const int64_t at = int64_t(b) * experts + expert;
+    const int count = b < blocks ? counts[at] : 0;
+    int total;
+    const int sum = block_scan(count, scratch, total);
+    if (b < blocks) {
+      counts[at] = earlier + sum - count;
+    }
+    earlier += total;
+  }
+  if (threadIdx.x == 0) {
+    offsets[expert + 1] = limit >= 0 && earlier > limit ? limit : earlier;
+  }
+}
+
+// One block: rows per expert become offsets.
+__global__ void scan_experts_kernel(int experts, int32_t* offsets) {
+  M2MKD_SHARED(int, scratch, kWarps);
+  int earlier = 0;
+  for (int first = 0; first < experts; first += kPlanBlock) {
+    const int e = first + threadIdx.x;
+    int total;
+    const int sum = block_scan(e < experts ? offsets[e + 1] : 0, scratch, total);
+    if (e < experts) {
+      offsets[e + 1] = earlier + sum;
+    }
+    earlier += total;
+  }
   if (threadIdx.x == 0) {
     offsets[0] = 0;
-    for (int e = 0; e < experts; ++e) {
-      offsets[e + 1] += offsets[e];
-    }
   }
 }
 
@@ -107,7 +148,7 @@ __global__ void place_kernel(Listing list, int experts, int limit, int rows, con
   }
   int row = -1;
   if (own.expert >= 0) {
-    int place = counts[blockIdx.x * experts + own.expert] + own.rank;
+    int place = counts[int64_t(blockIdx.x) * experts + own.expert] + own.rank;
     for (int w = 0; w < int(threadIdx.x) / kWarp; ++w) {
       place += warp_counts[w * experts + own.expert];
     }
@@ -125,12 +166,14 @@ int launch_moe_plan(const int32_t* chosen, const int64_t* order, int tokens, int
                     int limit, int rows, int32_t* counts, int32_t* row_of, int32_t* token_of,
                     int32_t* offsets, void* stream) {
   const Listing list{chosen, order, tokens, k, limit >= 0};
-  const int blocks = (tokens * k + kPlanBlock - 1) / kPlanBlock;
+  const int blocks = int((int64_t(tokens) * k + kPlanBlock - 1) / kPlanBlock);
   const int shared = kWarps * experts * int(sizeof(int));
   if (blocks > 0) {
     M2MKD_LAUNCH(count_kernel, blocks, kPlanBlock, shared, stream, list, experts, counts);
   }
-  M2MKD_LAUNCH(scan_kernel, 1, kPlanBlock, 0, stream, counts, blocks, experts, limit, offsets);
+  M2MKD_LAUNCH(scan_blocks_kernel, experts, kPlanBlock, 0, stream, counts, blocks, experts, limit,
+               offsets);
+  M2MKD_LAUNCH(scan_experts_kernel, 1, kPlanBlock, 0, stream, experts, offsets);
   if (blocks > 0) {
     M2MKD_LAUNCH(place_kernel, blocks, kPlanBlock, shared, stream, list, experts, limit, rows,
                  counts, offsets, row_of, token_of);

@@ -10,20 +10,29 @@ namespace m2mkd::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 20;
+
+// A block is a few whole rows, with a thread per pack: threadIdx.x counts packs, threadIdx.y rows.
+dim3 block_of(int packs) {
+  const int across = packs < kThreads ? packs : kThreads;
+  return dim3(across, kThreads / across);
+}
+int blocks_of(int rows, int packs) {
+  const int per_block = kThreads / (packs < kThreads ? packs : kThreads);
+  return (rows - 1) / per_block + 1;
+}
 
 template <typename T, int N>
 __global__ void gather_kernel(const T* x, const int32_t* token_of, int rows, int packs, T* out) {
   using P = Pack<T, N>;
-  const int64_t total = int64_t(rows) * packs;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += step) {
-    const int token = token_of[i / packs];
-    P pack = {};
-    if (token >= 0) {
-      pack = reinterpret_cast<const P*>(x)[int64_t(token) * packs + i % packs];
-    }
-    reinterpret_cast<P*>(out)[i] = pack;
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= rows) {
+    return;
+  }
+  const int64_t token = token_of[row];
+  const P* source = reinterpret_cast<const P*>(x) + token * packs;
+  P* target = reinterpret_cast<P*>(out) + row * packs;
+  for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+    target[p] = token >= 0 ? source[p] : P{};
   }
 }
 
@@ -32,27 +41,29 @@ __global__ void sum_rows_kernel(const T* rows, const int32_t* row_of, const comp
                                 int tokens, int k, int packs, T* out) {
   using P = Pack<T, N>;
   using A = compute_t<T>;
-  const int64_t total = int64_t(tokens) * packs;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += step) {
-    const int64_t token = i / packs;
+  const int64_t token = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token >= tokens) {
+    return;
+  }
+  P* target = reinterpret_cast<P*>(out) + token * packs;
+  for (int p = threadIdx.x; p < packs; p += blockDim.x) {
     A sums[N] = {};
     for (int j = 0; j < k; ++j) {
-      const int row = row_of[token * k + j];
+      const int64_t row = row_of[token * k + j];
       if (row < 0) {
         continue;
       }
       const A weight = weights != nullptr ? weights[token * k + j] : A(1);
-      const P pack = reinterpret_cast<const P*>(rows)[int64_t(row) * packs + i % packs];
+      const P pack = reinterpret_cast<const P*>(rows)[row * packs + p];
       for (int n = 0; n < N; ++n) {
-        sums[n] += weight * A(widen(pack.at[n]));
+        sums[n] += weight * pack.get(n);
       }
     }
-    P pack;
+    P pack = {};
     for (int n = 0; n < N; ++n) {
-      pack.at[n] = narrow<T>(sums[n]);
+      pack.set(n, sums[n]);
     }
-    reinterpret_cast<P*>(out)[i] = pack;
+    target[p] = pack;
   }
 }
 
@@ -78,10 +89,10 @@ __global__ void combine_backward_kernel(const T* grad, const T* rows, const comp
     for (int p = lane; p < packs; p += kWarp) {
       const P g = upstream[p];
       const P r = source[p];
-      P d;
+      P d = {};
       for (int n = 0; n < N; ++n) {
-        sum += A(widen(g.at[n])) * A(widen(r.at[n]));
-        d.at[n] = narrow<T>(weight * A(widen(g.at[n])));
+        sum += g.get(n) * r.get(n);
+        d.set(n, weight * g.get(n));
       }
       down[p] = d;
     }
@@ -102,10 +113,7 @@ __global__ void invert_rows_kernel(const int32_t* row_of, const A* weights, int 
   }
 }
 
-int blocks_for(int64_t items) {
-  const int64_t blocks = (items + kThreads - 1) / kThreads;
-  return int(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-}
+int blocks_for(int items, int per_block) { return (items - 1) / per_block + 1; }
 
 // Whether rows of this width can be moved in packs from and to these addresses.
 template <typename T>
@@ -117,14 +125,14 @@ bool packs_fit(int width, const void* a, const void* b, const void* c) {
 
 template <typename T, int N>
 void gather(const void* x, const int32_t* token_of, int rows, int width, void* out, void* stream) {
-  M2MKD_LAUNCH((gather_kernel<T, N>), blocks_for(int64_t(rows) * (width / N)), kThreads, 0, stream,
+  M2MKD_LAUNCH((gather_kernel<T, N>), blocks_of(rows, width / N), block_of(width / N), 0, stream,
                static_cast<const T*>(x), token_of, rows, width / N, static_cast<T*>(out));
 }
 
 template <typename T, int N>
 void sum_rows(const void* rows, const int32_t* row_of, const void* weights, int tokens, int k,
               int width, void* out, void* stream) {
-  M2MKD_LAUNCH((sum_rows_kernel<T, N>), blocks_for(int64_t(tokens) * (width / N)), kThreads, 0,
+  M2MKD_LAUNCH((sum_rows_kernel<T, N>), blocks_of(tokens, width / N), block_of(width / N), 0,
                stream, static_cast<const T*>(rows), row_of,
                static_cast<const compute_t<T>*>(weights), tokens, k, width / N,
                static_cast<T*>(out));
@@ -136,7 +144,7 @@ void combine_backward(const void* grad, const void* rows, const void* weights,
                       void* grad_weights, void* stream) {
   using A = compute_t<T>;
   const int warps = kThreads / kWarp, choices = tokens * k;
-  M2MKD_LAUNCH((combine_backward_kernel<T, N>), (choices + warps - 1) / warps, kThreads, 0, stream,
+  M2MKD_LAUNCH((combine_backward_kernel<T, N>), blocks_for(choices, warps), kThreads, 0, stream,
                static_cast<const T*>(grad), static_cast<const T*>(rows),
                static_cast<const A*>(weights), row_of, choices, k, width / N,
                static_cast<T*>(grad_rows), static_cast<A*>(grad_weights));
@@ -193,7 +201,7 @@ int launch_invert_rows(DType dtype, const int32_t* row_of, const void* weights, 
   if (choices == 0) {
     return cudaSuccess;
   }
-  const int blocks = blocks_for(choices);
+  const int blocks = blocks_for(choices, kThreads);
   if (dtype == DType::f64) {
     M2MKD_LAUNCH(invert_rows_kernel<double>, blocks, kThreads, 0, stream, row_of,
                  static_cast<const double*>(weights), choices, choice_of,

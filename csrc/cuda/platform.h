@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #ifndef M2MKD_PLATFORM
 #include <cuda_bf16.h>
@@ -17,6 +19,25 @@
 #define M2MKD_DYNAMIC_SHARED(type, name)                   \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   type* name = reinterpret_cast<type*>(name##_)
+
+namespace m2mkd::cuda {
+
+// What launches are fitted to, of the current device.
+struct DeviceLimits {
+  int multiprocessors = 1;
+  int shared_bytes = 48 << 10;  // that a block may ask for
+};
+inline DeviceLimits device_limits() {
+  DeviceLimits limits;
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return limits;
+}
+
+}  // namespace m2mkd::cuda
 #else
 #include M2MKD_PLATFORM  // csrc/emulator/platform.h
 #endif
@@ -81,13 +102,48 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Sixteen bytes of T, moved by one instruction where N fills them; N = 1 is the scalar path.
+// N values of T, moved by one instruction where they fill sixteen bytes; N = 1 is the scalar path.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
+
+  __device__ compute_t<T> get(int n) const { return widen(at[n]); }
+  __device__ void set(int n, compute_t<T> x) { at[n] = narrow<T>(x); }
 };
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
+
+// Packs of half types are kept in words of two: compilers move them as such, and widen a bfloat16
+// by one instruction.
+template <typename T>
+struct alignas(16) HalfPack {
+  uint32_t words[4];
+
+  __device__ float get(int n) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const uint32_t bits = n % 2 == 0 ? words[n / 2] << 16 : words[n / 2] & 0xffff0000u;
+      float x;
+      memcpy(&x, &bits, sizeof(x));
+      return x;
+    } else {
+      const uint16_t bits = uint16_t(words[n / 2] >> (n % 2 * 16));
+      T x;
+      memcpy(&x, &bits, sizeof(x));
+      return widen(x);
+    }
+  }
+  // In rising order of n.
+  __device__ void set(int n, float x) {
+    const T narrowed = narrow<T>(x);
+    uint16_t bits;
+    memcpy(&bits, &narrowed, sizeof(bits));
+    words[n / 2] = n % 2 == 0 ? bits : words[n / 2] | uint32_t(bits) << 16;
+  }
+};
+template <>
+struct Pack<__half, 8> : HalfPack<__half> {};
+template <>
+struct Pack<__nv_bfloat16, 8> : HalfPack<__nv_bfloat16> {};
 
 // Sum over the warp, the same on every lane, in a fixed order.
 template <typename A>
@@ -96,20 +152,6 @@ __device__ inline A warp_sum(A x) {
     x += __shfl_xor_sync(kFullMask, x, step);
   }
   return x;
-}
-
-// Expert whose rows contain `row`: the last e with offsets[e] <= row.
-__device__ inline int expert_of(const int32_t* offsets, int experts, int row) {
-  int low = 0, high = experts;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (offsets[middle] <= row) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
 }
 
 }  // namespace m2mkd::cuda
