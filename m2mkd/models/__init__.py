@@ -1,7 +1,13 @@
 """Whole networks; importing this package registers the students with timm."""
 
 from m2mkd.models import official
-from m2mkd.models.build import create_meta, create_vit, load_pretrained_vit, resolve_depths
+from m2mkd.models.build import (
+    create_meta,
+    create_network,
+    create_vit,
+    load_pretrained_vit,
+    resolve_depths,
+)
 from m2mkd.models.nac import NAC
 from m2mkd.models.nac_stages import split_nac
 from m2mkd.models.stages import ViTStage, balanced_depths, check_depths, split_vit
@@ -15,6 +21,7 @@ __all__ = [
     "balanced_depths",
     "check_depths",
     "create_meta",
+    "create_network",
     "create_vit",
     "load_pretrained_vit",
     "official",

@@ -114,11 +114,12 @@ class NAC(nn.Module):
                 **opts.pooling_args,
             )
         )
-        self._circuits = {
+        self._caches = {
             "with_inputs": CircuitCache(kernel.truncation),
             "mediators": CircuitCache(kernel.truncation),
             "read_out": CircuitCache(read_out_kernel.truncation),
         }
+        self._fixed: dict[str, Circuit] | None = None
 
     def _add_latents(self, opts: NACOptions) -> None:
         state_dim = opts.state_dim if opts.seeding == "learned" else None
@@ -164,6 +165,7 @@ class NAC(nn.Module):
     def forward_circuit(self, tokens_BVD: Tensor) -> Tensor:
         """As `forward_features`, from the tokens of images."""
         batch = tokens_BVD.shape[0]
+        circuits = self._find_circuits() if self._fixed is None else self._fixed
         inputs = self._seed(self.input_latents, batch)
         mediators = self._seed(self.mediator_latents, batch)
         outputs = self._seed(self.output_latents, batch)
@@ -172,11 +174,11 @@ class NAC(nn.Module):
         for layer in range(self.depth):
             codes = self.mediator_latents.codes_of(layer)
             senders, sender_codes = self._senders(layer, inputs, mediators)
-            edges = self._edges(layer, batch)
+            edges = self._edges(layer, circuits, batch)
             mediators = self._run(self.block(layer), mediators, codes, senders, sender_codes, edges)
             mediators = self._stitch(mediators, layer + 1)
         senders, sender_codes = self._senders(self.depth, inputs, mediators)
-        edges = self._edges(self.depth, batch)
+        edges = self._edges(self.depth, circuits, batch)
         return self._run(
             self.read_out, outputs, self.output_latents.codes, senders, sender_codes, edges
         )
@@ -213,10 +215,10 @@ class NAC(nn.Module):
 
     def circuit(self, layer: int) -> Circuit:
         """Who hears whom at a layer, by the present signatures."""
-        name = "with_inputs" if self.hears_inputs(layer) else "mediators"
-        return self._circuits["read_out" if layer == self.depth else name].get(
-            *self.signatures(layer)
-        )
+        name = self._circuit_name(layer)
+        if self._fixed is not None:
+            return self._fixed[name]
+        return self._caches[name].get(*self.signatures(layer))
 
     def log_affinity(self, layer: int) -> Tensor:
         """Strengths of the edges of `circuit(layer)`, [N], which sum to one over a receiver's."""
@@ -228,10 +230,8 @@ class NAC(nn.Module):
         For tracing: whole graphs (`torch.compile(fullgraph=True)`, `torch.export`) cannot hold the
         search for edges. Signatures must not change meanwhile.
         """
-        for layer in range(self.depth + 1):
-            self.circuit(layer)
-        for cache in self._circuits.values():
-            cache.fixed = True
+        self._fixed = None
+        self._fixed = self._find_circuits()
 
     def set_attention_impl(self, impl: str) -> None:
         """Sets which `ops.circuit_attention` all blocks run: auto, sparse, dense, reference."""
@@ -247,8 +247,7 @@ class NAC(nn.Module):
 
     def train(self, mode: bool = True) -> "NAC":
         """Sets training or eval mode; circuits follow the signatures again."""
-        for cache in self._circuits.values():
-            cache.fixed = False
+        self._fixed = None
         super().train(mode)
         return self
 
@@ -267,8 +266,19 @@ class NAC(nn.Module):
         states = torch.cat([inputs, mediators], dim=1)
         return states, torch.cat([self.input_latents.codes, codes])
 
-    def _edges(self, layer: int, batch: int) -> Edges:
-        circuit = self.circuit(layer)
+    def _circuit_name(self, layer: int) -> str:
+        if layer == self.depth:
+            return "read_out"
+        return "with_inputs" if self.hears_inputs(layer) else "mediators"
+
+    # Edges are found by their values, which a graph cannot hold; a compiled model breaks here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _find_circuits(self) -> dict[str, Circuit]:
+        layers = {self._circuit_name(layer): layer for layer in range(self.depth + 1)}
+        return {name: self.circuit(layer) for name, layer in layers.items()}
+
+    def _edges(self, layer: int, circuits: dict[str, Circuit], batch: int) -> Edges:
+        circuit = circuits[self._circuit_name(layer)]
         return Edges(circuit, self.kernel(layer)(*self.signatures(layer), circuit, batch))
 
     def _stitch(self, states_BUD: Tensor, pair: int) -> Tensor:
@@ -320,11 +330,11 @@ class NAC(nn.Module):
 
 def _prior_signatures(opts: NACOptions) -> Tensor | None:
     """The mediators' first signatures, drawn with torch's default generator."""
-    if opts.prior is None:
+    if opts.prior == "none":
         return None
     from m2mkd.nn.graphs import prior_signatures  # networkx takes a while to import
 
-    seed = int(torch.randint(2**31, ()))
+    seed = int(torch.randint(2**31, (), device="cpu"))
     return prior_signatures(
         opts.prior, opts.num_mediators, opts.signature_dim, seed=seed, **opts.prior_args
     )

@@ -48,7 +48,8 @@ class NACOptions:
         pooling: `confidence`, or `first`: the first output latent's head gives the logits.
         pooling_args: Of `m2mkd.nn.ConfidencePooling`: temperature, gumbel, hard.
         head_norm: Whether a LayerNorm stands before the head of `first`.
-        prior: Graph that the mediators' first signatures describe; None for random ones.
+        prior: Graph that the mediators' first signatures describe (`m2mkd.nn.graphs.PRIORS`), or
+            `none` for random ones.
         prior_args: Its options.
         learn_signatures, learn_codes: Whether these are trained.
         stochastic_eval: Whether eval mode draws seeds and confidences, as the published code does.
@@ -93,7 +94,7 @@ class NACOptions:
     pooling: Pooling = "confidence"
     pooling_args: Options = field(default_factory=dict)
     head_norm: bool = True
-    prior: str | None = None
+    prior: str = "none"
     prior_args: Options = field(default_factory=dict)
     learn_signatures: bool = True
     learn_codes: bool = True

@@ -33,7 +33,7 @@ class CircuitCache:
     """Keeps the circuit of two sets of signatures and rebuilds it when they changed.
 
     Signatures are compared by value, which takes microseconds and cannot miss a change, however it
-    was made. `fixed` switches the comparison off, for tracing a model that will not change.
+    was made.
 
     Args:
         truncation: Largest distance 1 - cosine of a link; None links all pairs.
@@ -41,20 +41,11 @@ class CircuitCache:
 
     def __init__(self, truncation: float | None) -> None:
         self.truncation = truncation
-        self.fixed = False
         self._circuit: Circuit | None = None
         self._key: tuple[Tensor, Tensor] | None = None
 
     def get(self, receiver_sig_US: Tensor, sender_sig_VS: Tensor) -> Circuit:
         """The circuit for signatures [U, S] and [V, S], on their device."""
-        if self.fixed and self._circuit is not None:
-            return self._circuit
-        circuit: Circuit = self._current(receiver_sig_US, sender_sig_VS)
-        return circuit
-
-    # Edges are found by their values, which a graph cannot hold; compiled models break here.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _current(self, receiver_sig_US: Tensor, sender_sig_VS: Tensor) -> Circuit:
         key = (receiver_sig_US.detach(), sender_sig_VS.detach())
         if self._circuit is None or not self._is_known(*key):
             # Training may use a circuit that an evaluation built.

@@ -153,6 +153,10 @@ class ReadInAttention(nn.Module):
         key, value = self.key.fold(codes_UC), self.value.fold(codes_UC)
         if key is None or value is None:
             return self._attend_unfolded(query_BUK, tokens_BVI, codes_UC)
+        if self.training and key.bias_O is not None:
+            # It cancels in the softmax. A gradient of zero keeps data-parallel training content,
+            # which wants one for every parameter.
+            query_BUK = query_BUK + 0.0 * key.bias_O
         if key.output_scale_UO is not None:
             query_BUK = query_BUK * key.output_scale_UO
         value_bias = value.bias_O if value.output_scale_UO is None else None
