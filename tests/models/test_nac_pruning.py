@@ -1,0 +1,96 @@
+"""Pruning a NAC: who carries traffic, and what is left without the others."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from m2mkd.errors import ConfigError
+from m2mkd.models.nac import NAC
+from m2mkd.models.nac_pruning import keep_mediators, mediator_traffic
+
+
+def make(**options: Any) -> NAC:
+    """A small NAC whose read-out has learned links too."""
+    torch.manual_seed(0)
+    model: NAC = timm.create_model("nac_digits", **{"layer_scale": 1.0, **options}).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def logits(model: NAC) -> torch.Tensor:
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out: torch.Tensor = model(images)
+    return out
+
+
+OPTIONS = [
+    {},
+    {"per_layer_codes": True},
+    {"seeding": "learned"},
+    {"inputs_to": "first", "inputs_to_read_out": False},
+    {"share_propagators": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_mediators_that_nobody_hears_can_go_without_a_trace(options: dict[str, Any]) -> None:
+    model = make(read_out_kernel={"truncation": 0.9}, **options)
+    signatures = {
+        name: getattr(model, f"{name}_latents").signatures.data
+        for name in ("input", "mediator", "output")
+    }
+    for signature in signatures.values():
+        signature[:, 0] = signature.norm(dim=1) + 1  # within 0.9 of each other
+    signatures["mediator"][4:] *= -1  # these hear only each other
+    kept = range(4)
+    torch.testing.assert_close(logits(keep_mediators(model, kept)), logits(model))
+    traffic = mediator_traffic(model)
+    assert (traffic[:4] > 0).all() and (traffic[4:] == 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_pruned_nac_is_the_one_that_its_options_build(options: dict[str, Any]) -> None:
+    pruned = keep_mediators(make(**options), [5, 1, 7])
+    built = timm.create_model(
+        "nac_digits", num_mediators=3, prior="none", **{"layer_scale": 1.0, **options}
+    )
+    built.load_state_dict(pruned.state_dict())
+    assert pruned.options.num_mediators == 3 and pruned.circuit(0).num_receivers == 3
+    assert torch.equal(logits(built.eval()), logits(pruned))
+
+
+def test_the_order_in_which_mediators_are_named_does_not_matter() -> None:
+    model = make()
+    first, second = keep_mediators(model, [5, 1]), keep_mediators(model, torch.tensor([1, 5]))
+    assert torch.equal(first.mediator_latents.codes, model.mediator_latents.codes[[1, 5]])
+    assert torch.equal(first.mediator_latents.codes, second.mediator_latents.codes)
+    assert model.mediator_latents.num_latents == 24
+
+
+def test_traffic_follows_attention_backwards_from_the_outputs() -> None:
+    # One output, one input and two mediators in a row, one layer: output hears both mediators by
+    # e^0 : e^-1, each mediator hears itself and the other likewise, and none hears the input.
+    model = make(
+        num_inputs=1, num_mediators=2, num_outputs=1, depth=1, signature_dim=2, prior="none"
+    )
+    model.input_latents.signatures.data = torch.tensor([[-1.0, -1.0]])
+    model.mediator_latents.signatures.data = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    model.output_latents.signatures.data = torch.tensor([[1.0, 0.0]])
+    for kernel in (*model.kernels, model.read_out_kernel):
+        kernel.bandwidth.data.fill_(1.0)
+    near = torch.tensor(-0.4).exp()  # of two mediators, whose distance is 0.4
+    far = torch.tensor(-1 - 0.5**0.5).exp()  # of output and input
+    read_out = torch.stack([torch.tensor(1.0), near]) / (1 + near + far)
+    between = torch.tensor([[1.0, near], [near, 1.0]]) / (1 + near)
+    expected = read_out + (read_out + read_out @ between) / 2
+    torch.testing.assert_close(mediator_traffic(model), expected)
+
+
+def test_keeping_no_mediator_or_one_that_is_not_there_is_refused() -> None:
+    for kept in ([], [24], [-1]):
+        with pytest.raises(ConfigError, match="of mediators 0 to 23"):
+            keep_mediators(make(), kept)
