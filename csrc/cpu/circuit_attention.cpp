@@ -2,6 +2,10 @@
 // sender (gradients of k and v) is one thread's work in a fixed order, so results do not depend on
 // the number of threads.
 //
+// Memory beyond the results: 8 bytes (float64: 16) per edge and head in the backward pass, for as
+// many heads at a time as fit into 32 MiB, and for at least one; and for half types, and widths
+// that are not whole packs of 64 bytes, each thread's copies of the rows of the head it works on.
+//
 // Letters: B batch, H heads, U receivers, V senders, D head width, N edges.
 
 #include <torch/csrc/stable/library.h>
@@ -15,13 +19,11 @@
 #include "circuit_rows.h"
 #include "parallel.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace m2mkd::cpu {
 
 namespace {
 
-constexpr int64_t kMaxWidth = 256;
 // Backward keeps two numbers per edge for as many heads at once as fit here, and for at least one.
 constexpr int64_t kEdgeBytes = int64_t{32} << 20;
 
@@ -66,43 +68,52 @@ void for_share(const Side& side, int64_t heads, int64_t lane, int64_t lanes, con
   }
 }
 
-// Rows in the kernels' type: the tensor's own memory, or for half types a lane's copy.
+// Rows as the kernels take them: the tensor's own memory, or one lane's copy where they must be
+// widened or filled up to whole packs.
 template <typename T>
 class Rows {
  public:
   using A = compute_t<T>;
 
-  explicit Rows(int64_t most) {
-    if constexpr (!std::is_same_v<T, A>) {
-      copy_ = std::make_unique_for_overwrite<A[]>(most);
+  Rows(int64_t most, int64_t width) : width_(width), stride_(packs(width) * kPack<A>) {
+    if (!in_place()) {
+      copy_ = std::make_unique_for_overwrite<A[]>(most * stride_);
     }
   }
 
-  const A* read(const T* data, int64_t count) {
+  static int64_t packs(int64_t width) { return (width + kPack<A> - 1) / kPack<A>; }
+
+  const A* read(const T* rows, int64_t n) {
     if constexpr (std::is_same_v<T, A>) {
-      return data;
-    } else {
-      load(copy_.get(), data, count);
-      return copy_.get();
+      if (in_place()) {
+        return rows;
+      }
     }
+    widen(rows, copy_.get(), n, width_, stride_);
+    return copy_.get();
   }
 
-  // Where to write what `written` then puts into data.
-  A* target(T* data) {
+  // Where to write what `written` then puts into rows.
+  A* target(T* rows) {
     if constexpr (std::is_same_v<T, A>) {
-      return data;
-    } else {
-      return copy_.get();
+      if (in_place()) {
+        return rows;
+      }
     }
+    return copy_.get();
   }
 
-  void written(T* data, int64_t count) {
-    if constexpr (!std::is_same_v<T, A>) {
-      store(data, copy_.get(), count);
+  void written(T* rows, int64_t n) {
+    if (!in_place()) {
+      narrow(copy_.get(), rows, n, width_, stride_);
     }
   }
 
  private:
+  bool in_place() const { return std::is_same_v<T, A> && width_ == stride_; }
+
+  int64_t width_;
+  int64_t stride_;
   std::unique_ptr<A[]> copy_;
 };
 
@@ -170,12 +181,13 @@ struct Problem {
   }
 };
 
-int64_t largest_degree(const Side& side) {
+// Room for the scores of any one receiver and a pack.
+int64_t scores_room(const Side& side) {
   int64_t most = 0;
   for (int64_t r = 0; r < side.rows; ++r) {
     most = std::max<int64_t>(most, side.ptr[r + 1] - side.ptr[r]);
   }
-  return most;
+  return most + kPack<float>;
 }
 
 // Edges' gradients summed over the heads that share a bias, head after head.
@@ -210,40 +222,39 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
   const Tensor sender = torch::stable::contiguous(sender_any);
   const Side side = p.side("row_ptr", row_ptr);
   const int32_t* senders = p.index("sender", sender, p.senders);
-  Tensor out = new_empty(q, {p.batch, p.heads, p.receivers, p.width}, q.scalar_type());
+  Tensor out = pooled_empty(q, {p.batch, p.heads, p.receivers, p.width}, q.scalar_type());
   Tensor lse = new_empty(q, {p.batch, p.heads, p.receivers}, compute_dtype(q.scalar_type()));
   if (lse.numel() == 0) {
     return {out, lse};
   }
-  const int64_t degree = largest_degree(side) + 16;
+  const int64_t most_scores = scores_room(side);
   dispatch_float(p.op, q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
     const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
     parallel_lanes(p.bytes<T>(p.all_heads()), [&](int64_t lane, int64_t lanes) {
-      Rows<T> q_rows(receiver_numbers), k_rows(sender_numbers), v_rows(sender_numbers);
-      Rows<T> out_rows(receiver_numbers);
-      std::vector<A> scores(degree);
+      Rows<T> q_rows(p.receivers, p.width), out_rows(p.receivers, p.width);
+      Rows<T> k_rows(p.senders, p.width), v_rows(p.senders, p.width);
+      std::vector<A> scores(most_scores);
       for_share(side, p.all_heads(), lane, lanes, [&](int64_t head, int64_t begin, int64_t end) {
         const int64_t first = head * receiver_numbers + begin * p.width;
-        const int64_t count = (end - begin) * p.width;
         T* target = mutable_data<T>(out) + first;
         attend(ForwardHead<A>{
-            .q = q_rows.read(const_data<T>(q) + first, count),
-            .k = k_rows.read(const_data<T>(k) + head * sender_numbers, sender_numbers),
-            .v = v_rows.read(const_data<T>(v) + head * sender_numbers, sender_numbers),
+            .q = q_rows.read(const_data<T>(q) + first, end - begin),
+            .k = k_rows.read(const_data<T>(k) + head * sender_numbers, p.senders),
+            .v = v_rows.read(const_data<T>(v) + head * sender_numbers, p.senders),
             .bias = bias ? const_data<A>(*bias) + head / p.heads * p.bias_stride : nullptr,
             .row_ptr = side.ptr,
             .sender = senders,
             .begin = begin,
             .end = end,
-            .width = p.width,
+            .packs = Rows<T>::packs(p.width),
             .scale = static_cast<A>(scale),
             .scores = scores.data(),
             .out = out_rows.target(target),
             .lse = mutable_data<A>(lse) + head * p.receivers + begin,
         });
-        out_rows.written(target, count);
+        out_rows.written(target, end - begin);
       });
     });
   });
@@ -254,7 +265,7 @@ namespace {
 
 // The contiguous inputs of a backward call.
 struct Inputs {
-  Tensor grad, q, k, v, out, lse;
+  Tensor grad, q, k, v, lse;
   std::optional<Tensor> bias;
   Side by_receiver, by_sender;
   const int32_t *sender, *receiver, *edge_id;
@@ -265,29 +276,32 @@ struct Inputs {
 template <typename T, typename A = compute_t<T>>
 void receiver_pass(const Problem& p, const Inputs& in, int64_t first_head, int64_t heads,
                    EdgeGrad<A>* edges, const Tensor& q_grad) {
+  const int64_t most_scores = scores_room(in.by_receiver);
   const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
   parallel_lanes(p.bytes<T>(heads), [&](int64_t lane, int64_t lanes) {
-    Rows<T> q(receiver_numbers), grad(receiver_numbers), out(receiver_numbers);
-    Rows<T> k(sender_numbers), v(sender_numbers), result(receiver_numbers);
+    Rows<T> q(p.receivers, p.width), grad(p.receivers, p.width), result(p.receivers, p.width);
+    Rows<T> k(p.senders, p.width), v(p.senders, p.width);
+    std::vector<A> weights(most_scores), slopes(most_scores);
     for_share(in.by_receiver, heads, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
       const int64_t head = first_head + h;
       const int64_t first = head * receiver_numbers + begin * p.width;
-      const int64_t count = (end - begin) * p.width;
+      const int64_t count = end - begin;
       T* target = mutable_data<T>(q_grad) + first;
-      attend_backward_receivers(ReceiverGrad<A>{
+      attend_backward(ReceiverGrad<A>{
           .q = q.read(const_data<T>(in.q) + first, count),
-          .k = k.read(const_data<T>(in.k) + head * sender_numbers, sender_numbers),
-          .v = v.read(const_data<T>(in.v) + head * sender_numbers, sender_numbers),
+          .k = k.read(const_data<T>(in.k) + head * sender_numbers, p.senders),
+          .v = v.read(const_data<T>(in.v) + head * sender_numbers, p.senders),
           .grad = grad.read(const_data<T>(in.grad) + first, count),
-          .out = out.read(const_data<T>(in.out) + first, count),
           .lse = const_data<A>(in.lse) + head * p.receivers + begin,
           .bias = in.bias ? const_data<A>(*in.bias) + head / p.heads * p.bias_stride : nullptr,
           .row_ptr = in.by_receiver.ptr,
           .sender = in.sender,
           .begin = begin,
           .end = end,
-          .width = p.width,
+          .packs = Rows<T>::packs(p.width),
           .scale = static_cast<A>(in.scale),
+          .weights = weights.data(),
+          .slopes = slopes.data(),
           .q_grad = result.target(target),
           .edges = edges + h * p.edges,
       });
@@ -302,24 +316,24 @@ void sender_pass(const Problem& p, const Inputs& in, int64_t first_head, int64_t
                  const EdgeGrad<A>* edges, const Tensor& k_grad, const Tensor& v_grad) {
   const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
   parallel_lanes(p.bytes<T>(heads), [&](int64_t lane, int64_t lanes) {
-    Rows<T> q(receiver_numbers), grad(receiver_numbers);
-    Rows<T> k_result(sender_numbers), v_result(sender_numbers);
+    Rows<T> q(p.receivers, p.width), grad(p.receivers, p.width);
+    Rows<T> k_result(p.senders, p.width), v_result(p.senders, p.width);
     for_share(in.by_sender, heads, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
       const int64_t head = first_head + h;
       const int64_t first = head * sender_numbers + begin * p.width;
-      const int64_t count = (end - begin) * p.width;
+      const int64_t count = end - begin;
       T* k_target = mutable_data<T>(k_grad) + first;
       T* v_target = mutable_data<T>(v_grad) + first;
-      attend_backward_senders(SenderGrad<A>{
-          .q = q.read(const_data<T>(in.q) + head * receiver_numbers, receiver_numbers),
-          .grad = grad.read(const_data<T>(in.grad) + head * receiver_numbers, receiver_numbers),
+      attend_backward(SenderGrad<A>{
+          .q = q.read(const_data<T>(in.q) + head * receiver_numbers, p.receivers),
+          .grad = grad.read(const_data<T>(in.grad) + head * receiver_numbers, p.receivers),
           .edges = edges + h * p.edges,
           .col_ptr = in.by_sender.ptr,
           .receiver = in.receiver,
           .edge_id = in.edge_id,
           .begin = begin,
           .end = end,
-          .width = p.width,
+          .packs = Rows<T>::packs(p.width),
           .scale = static_cast<A>(in.scale),
           .k_grad = k_result.target(k_target),
           .v_grad = v_result.target(v_target),
@@ -355,7 +369,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
                   .q = torch::stable::contiguous(q_any),
                   .k = torch::stable::contiguous(k_any),
                   .v = torch::stable::contiguous(v_any),
-                  .out = torch::stable::contiguous(out_any),
                   .lse = torch::stable::contiguous(lse_any),
                   .bias = contiguous(bias_any),
                   .by_receiver = p.side("row_ptr", row_ptr),
@@ -364,9 +377,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
                   .receiver = p.index("receiver", receiver, p.receivers),
                   .edge_id = p.index("edge_id", edge_id, p.edges),
                   .scale = scale};
-  Tensor q_grad = new_empty(in.q, {p.batch, p.heads, p.receivers, p.width}, dtype);
-  Tensor k_grad = new_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype);
-  Tensor v_grad = new_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype);
+  Tensor q_grad = pooled_empty(in.q, {p.batch, p.heads, p.receivers, p.width}, dtype);
+  Tensor k_grad = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype);
+  Tensor v_grad = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype);
   needs_bias = needs_bias && in.bias;
   const std::vector<int64_t> none{0};
   Tensor bias_grad = new_zeros(in.q, needs_bias ? p.bias_sizes : none, wide);

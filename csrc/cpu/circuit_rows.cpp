@@ -1,5 +1,6 @@
-// Rows of keys, values, queries and gradients are read in groups of kGroup, so that every loop over
-// the width has kGroup independent sums and one load of the shared row.
+// Every loop is written so that g++ keeps its sums in vector registers at each level of
+// M2MKD_CLONES: widths are whole packs, sums over a row are a pack of partial sums, and buffers of
+// scores are filled up to whole packs.
 
 #include "circuit_rows.h"
 
@@ -14,53 +15,94 @@ namespace m2mkd::cpu {
 
 namespace {
 
-constexpr int64_t kGroup = 8;
-// Edges between whose two uses (score, then weighted sum) rows should stay in the first-level
-// cache.
-constexpr int64_t kChunk = 32;
-
-// Pads the last group: a row of zeros, so that a weight of 0 times it is 0.
 template <typename A>
-constexpr A kZeroRow[256] = {};
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// Rows of a matrix picked by index, padded to kGroup with zeros.
+// Edges whose gradients the sender pass collects at a time.
+constexpr int64_t kChunk = 64;
+// How many edges ahead the scattered gradients of edges are asked for.
+constexpr int64_t kAhead = 64;
+
+M2MKD_INLINE float exponential(float x) { return exp_negative(x); }
+M2MKD_INLINE double exponential(double x) { return std::exp(x); }
+
 template <typename A>
-struct Group {
-  const A* rows[kGroup];
+M2MKD_INLINE int64_t whole_packs(int64_t count) {
+  return (count + kPack<A> - 1) / kPack<A> * kPack<A>;
+}
 
-  M2MKD_INLINE Group(const A* matrix, const int32_t* index, int64_t count, int64_t width) {
-    for (int64_t j = 0; j < kGroup; ++j) {
-      rows[j] = j < count ? matrix + index[j] * width : kZeroRow<A>;
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Sums over one pack.
+M2MKD_INLINE Quad sum_to_quad(const float* pack) {
+  const Quad* quads = reinterpret_cast<const Quad*>(pack);
+  return (quads[0] + quads[2]) + (quads[1] + quads[3]);
+}
+
+M2MKD_INLINE Quad sum_pairs(Quad a, Quad b) {
+  return Quad{a[0], a[2], b[0], b[2]} + Quad{a[1], a[3], b[1], b[3]};
+}
+
+// out[j] += scale times the sum over pack sums[j].
+M2MKD_INLINE void add_sums(const float (&sums)[4][kPack<float>], float scale, float* out) {
+  const Quad low = sum_pairs(sum_to_quad(sums[0]), sum_to_quad(sums[1]));
+  const Quad high = sum_pairs(sum_to_quad(sums[2]), sum_to_quad(sums[3]));
+  *reinterpret_cast<Quad*>(out) += scale * sum_pairs(low, high);
+}
+
+M2MKD_INLINE void add_sums(const double (&sums)[4][kPack<double>], double scale, double* out) {
+  for (int64_t j = 0; j < 4; ++j) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t l = 0; l < kPack<double>; ++l) {
+      sum += sums[j][l];
     }
+    out[j] += scale * sum;
   }
+}
 
-  // dots[j] = sum of x times row j.
-  M2MKD_INLINE void dot(const A* x, int64_t width, A* dots) const {
-    const A *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-    const A *r4 = rows[4], *r5 = rows[5], *r6 = rows[6], *r7 = rows[7];
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7)
-    for (int64_t i = 0; i < width; ++i) {
-      const A value = x[i];
-      s0 += value * r0[i];
-      s1 += value * r1[i];
-      s2 += value * r2[i];
-      s3 += value * r3[i];
-      s4 += value * r4[i];
-      s5 += value * r5[i];
-      s6 += value * r6[i];
-      s7 += value * r7[i];
+template <typename A>
+M2MKD_INLINE void multiply_add(const A* a, const A* b, A (&sums)[kPack<A>]) {
+#pragma omp simd
+  for (int64_t l = 0; l < kPack<A>; ++l) {
+    sums[l] += a[l] * b[l];
+  }
+}
+
+// out[j] += scale x . row index[j], four rows at a time. Up to three further entries of out take
+// the first row of the last four again.
+template <typename A>
+M2MKD_INLINE void add_dots(const A* x, const A* matrix, const int32_t* index, int64_t count,
+                           int64_t packs, A scale, A* out) {
+  const int64_t width = packs * kPack<A>;
+  for (int64_t j = 0; j < count; j += 4) {
+    const A* row0 = matrix + index[j] * width;
+    const A* row1 = j + 1 < count ? matrix + index[j + 1] * width : row0;
+    const A* row2 = j + 2 < count ? matrix + index[j + 2] * width : row0;
+    const A* row3 = j + 3 < count ? matrix + index[j + 3] * width : row0;
+    A sums[4][kPack<A>] = {};
+    for (int64_t i = 0; i < width; i += kPack<A>) {
+      multiply_add(x + i, row0 + i, sums[0]);
+      multiply_add(x + i, row1 + i, sums[1]);
+      multiply_add(x + i, row2 + i, sums[2]);
+      multiply_add(x + i, row3 + i, sums[3]);
     }
-    dots[0] = s0, dots[1] = s1, dots[2] = s2, dots[3] = s3;
-    dots[4] = s4, dots[5] = s5, dots[6] = s6, dots[7] = s7;
+    add_sums(sums, scale, out + j);
   }
+}
 
-  // out += sum of weights[j] times row j.
-  M2MKD_INLINE void add_to(A* out, const A* weights, int64_t width) const {
-    const A *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-    const A *r4 = rows[4], *r5 = rows[5], *r6 = rows[6], *r7 = rows[7];
-    const A w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
-    const A w4 = weights[4], w5 = weights[5], w6 = weights[6], w7 = weights[7];
+// out += the sum of weights[j] times row index[j].
+template <typename A>
+M2MKD_INLINE void add_rows(const A* weights, const A* matrix, const int32_t* index, int64_t count,
+                           int64_t packs, A* out) {
+  const int64_t width = packs * kPack<A>;
+  int64_t j = 0;
+  const auto row = [&](int64_t n) { return matrix + index[j + n] * width; };
+  for (; j + 8 <= count; j += 8) {
+    const A *r0 = row(0), *r1 = row(1), *r2 = row(2), *r3 = row(3);
+    const A *r4 = row(4), *r5 = row(5), *r6 = row(6), *r7 = row(7);
+    const A* w = weights + j;
+    const A w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7];
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       const A low = w0 * r0[i] + w1 * r1[i] + w2 * r2[i] + w3 * r3[i];
@@ -68,153 +110,203 @@ struct Group {
       out[i] += low + high;
     }
   }
-};
+  for (; j + 2 <= count; j += 2) {
+    const A *r0 = row(0), *r1 = row(1);
+    const A w0 = weights[j], w1 = weights[j + 1];
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      out[i] += w0 * r0[i] + w1 * r1[i];
+    }
+  }
+  if (j < count) {
+    const A* r0 = row(0);
+    const A w0 = weights[j];
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      out[i] += w0 * r0[i];
+    }
+  }
+}
 
-M2MKD_INLINE double exp_negative(double x) { return std::exp(x); }
-
-// Scores of edges [first, first + count) from dots, in place.
 template <typename A>
-M2MKD_INLINE void add_bias(A* scores, const A* bias, int64_t count, A scale) {
+M2MKD_INLINE void fill(A* row, A value, int64_t packs) {
+  const int64_t width = packs * kPack<A>;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    row[i] = value;
+  }
+}
+
+template <typename A>
+M2MKD_INLINE void multiply(A* row, A factor, int64_t packs) {
+  const int64_t width = packs * kPack<A>;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    row[i] *= factor;
+  }
+}
+
+// The biases of a receiver's edges (0 where bias is null), filled up with -inf.
+template <typename A>
+M2MKD_INLINE void start_scores(const A* bias, int64_t first, int64_t count, A* scores) {
   if (bias != nullptr) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      scores[j] = scale * scores[j] + bias[j];
-    }
+    std::copy(bias + first, bias + first + count, scores);
   } else {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-      scores[j] *= scale;
-    }
+    std::fill(scores, scores + count, A(0));
+  }
+  for (int64_t l = 0; l < kPack<A>; ++l) {
+    scores[count + l] = -kInfinity<A>;
   }
 }
 
 template <typename A>
 M2MKD_INLINE void attend_row(const ForwardHead<A>& h, int64_t u) {
-  const int64_t first = h.row_ptr[u], count = h.row_ptr[u + 1] - first, width = h.width;
-  const int32_t* sender = h.sender + first;
-  const A* q = h.q + (u - h.begin) * width;
-  A* out = h.out + (u - h.begin) * width;
+  const int64_t first = h.row_ptr[u], count = h.row_ptr[u + 1] - first;
+  const int64_t row = (u - h.begin) * h.packs * kPack<A>;
   A* scores = h.scores;
-  for (int64_t j = 0; j < count; j += kGroup) {
-    Group<A>(h.k, sender + j, count - j, width).dot(q, width, scores + j);
-  }
-  add_bias(scores, h.bias == nullptr ? nullptr : h.bias + first, count, h.scale);
-  A largest = -std::numeric_limits<A>::infinity();
+  start_scores(h.bias, first, count, scores);
+  add_dots(h.q + row, h.k, h.sender + first, count, h.packs, h.scale, scores);
+  const int64_t padded = whole_packs<A>(count);
+  A largest = -kInfinity<A>;
 #pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < count; ++j) {
+  for (int64_t j = 0; j < padded; ++j) {
     largest = scores[j] > largest ? scores[j] : largest;
   }
-  const A shift = largest == -std::numeric_limits<A>::infinity() ? A(0) : largest;
+  const A shift = largest == -kInfinity<A> ? A(0) : largest;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) {
-    scores[j] = exp_negative(scores[j] - shift);
+  for (int64_t j = 0; j < padded; ++j) {
+    scores[j] = exponential(scores[j] - shift);
     sum += scores[j];
   }
-  std::fill(scores + count, scores + (count + kGroup - 1) / kGroup * kGroup, A(0));
-  std::fill(out, out + width, A(0));
-  for (int64_t j = 0; j < count; j += kGroup) {
-    Group<A>(h.v, sender + j, count - j, width).add_to(out, scores + j, width);
-  }
-  const A inverse = sum == A(0) ? A(0) : A(1) / sum;
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    out[i] *= inverse;
-  }
-  h.lse[u - h.begin] = sum == A(0) ? -std::numeric_limits<A>::infinity() : std::log(sum) + shift;
+  fill(h.out + row, A(0), h.packs);
+  add_rows(scores, h.v, h.sender + first, count, h.packs, h.out + row);
+  multiply(h.out + row, sum == A(0) ? A(0) : A(1) / sum, h.packs);
+  h.lse[u - h.begin] = sum == A(0) ? -kInfinity<A> : std::log(sum) + shift;
 }
 
-// With p the weights and g the gradient of out: ds = p (g.v - g.out), dq = scale sum ds k.
+// With p the weights and g the gradient of out: ds = p (g.v - sum p g.v), dq = scale sum ds k. Keys
+// are read last before the sum, so that most rows still lie in the first-level cache.
 template <typename A>
 M2MKD_INLINE void backward_row(const ReceiverGrad<A>& h, int64_t u) {
-  const int64_t width = h.width, row = u - h.begin;
-  const A* q = h.q + row * width;
-  const A* grad = h.grad + row * width;
-  const A* out = h.out + row * width;
-  A* q_grad = h.q_grad + row * width;
-  std::fill(q_grad, q_grad + width, A(0));
-  // No edge, or biases of -inf only: every weight is 0.
-  const bool dead = h.lse[row] == -std::numeric_limits<A>::infinity();
-  const A lse = dead ? A(0) : h.lse[row];
+  const int64_t first = h.row_ptr[u], count = h.row_ptr[u + 1] - first;
+  const int64_t padded = whole_packs<A>(count), row = (u - h.begin) * h.packs * kPack<A>;
+  A* weights = h.weights;
+  A* slopes = h.slopes;
+  fill(slopes, A(0), padded / kPack<A>);
+  add_dots(h.grad + row, h.v, h.sender + first, count, h.packs, A(1), slopes);
+  start_scores(h.bias, first, count, weights);
+  add_dots(h.q + row, h.k, h.sender + first, count, h.packs, h.scale, weights);
+  // Where all weights are 0, scores are -inf, and any other number in lse's place keeps them so.
+  const A lse = h.lse[u - h.begin] == -kInfinity<A> ? A(0) : h.lse[u - h.begin];
   A mean = 0;
 #pragma omp simd reduction(+ : mean)
-  for (int64_t i = 0; i < width; ++i) {
-    mean += grad[i] * out[i];
-  }
-  A weights[kChunk], slopes[kChunk];
-  for (int64_t first = h.row_ptr[u]; first < h.row_ptr[u + 1]; first += kChunk) {
-    const int64_t count = std::min<int64_t>(kChunk, h.row_ptr[u + 1] - first);
-    const int32_t* sender = h.sender + first;
-    for (int64_t j = 0; j < count; j += kGroup) {
-      Group<A>(h.k, sender + j, count - j, width).dot(q, width, weights + j);
-      Group<A>(h.v, sender + j, count - j, width).dot(grad, width, slopes + j);
-    }
-    add_bias(weights, h.bias == nullptr ? nullptr : h.bias + first, count, h.scale);
-    std::fill(weights + count, weights + kChunk, -std::numeric_limits<A>::infinity());
-#pragma omp simd
-    for (int64_t j = 0; j < kChunk; ++j) {
-      weights[j] = exp_negative(weights[j] - lse);
-      slopes[j] = weights[j] * (slopes[j] - mean);
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      h.edges[first + j] = {weights[j], slopes[j]};
-    }
-    for (int64_t j = 0; j < count; j += kGroup) {
-      Group<A>(h.k, sender + j, count - j, width).add_to(q_grad, slopes + j, width);
-    }
+  for (int64_t j = 0; j < padded; ++j) {
+    weights[j] = exponential(weights[j] - lse);
+    mean += weights[j] * slopes[j];
   }
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    q_grad[i] *= h.scale;
+  for (int64_t j = 0; j < padded; ++j) {
+    slopes[j] = weights[j] * (slopes[j] - mean);
   }
+  for (int64_t j = 0; j < count; ++j) {
+    h.edges[first + j] = {weights[j], slopes[j]};
+  }
+  fill(h.q_grad + row, A(0), h.packs);
+  add_rows(slopes, h.k, h.sender + first, count, h.packs, h.q_grad + row);
+  multiply(h.q_grad + row, h.scale, h.packs);
 }
 
 // dv = sum p g, dk = scale sum ds q, over the receivers of a sender.
 template <typename A>
 M2MKD_INLINE void backward_column(const SenderGrad<A>& h, int64_t v) {
-  const int64_t width = h.width;
-  A* k_grad = h.k_grad + (v - h.begin) * width;
-  A* v_grad = h.v_grad + (v - h.begin) * width;
-  std::fill(k_grad, k_grad + width, A(0));
-  std::fill(v_grad, v_grad + width, A(0));
-  for (int64_t t = h.col_ptr[v]; t < h.col_ptr[v + 1]; t += kGroup) {
-    const int64_t count = h.col_ptr[v + 1] - t;
-    A weights[kGroup], slopes[kGroup];
-    for (int64_t j = 0; j < kGroup; ++j) {
-      const EdgeGrad<A> edge = j < count ? h.edges[h.edge_id[t + j]] : EdgeGrad<A>{0, 0};
+  const int64_t row = (v - h.begin) * h.packs * kPack<A>;
+  const int64_t last = h.col_ptr[v + 1], all = h.col_ptr[h.end];
+  fill(h.k_grad + row, A(0), h.packs);
+  fill(h.v_grad + row, A(0), h.packs);
+  A weights[kChunk], slopes[kChunk];
+  for (int64_t first = h.col_ptr[v]; first < last; first += kChunk) {
+    const int64_t count = std::min(kChunk, last - first);
+    for (int64_t j = 0; j < count; ++j) {
+      const EdgeGrad<A> edge = h.edges[h.edge_id[first + j]];
       weights[j] = edge.weight;
       slopes[j] = edge.score;
+      __builtin_prefetch(h.edges + h.edge_id[std::min(first + j + kAhead, all - 1)]);
     }
-    Group<A>(h.grad, h.receiver + t, count, width).add_to(v_grad, weights, width);
-    Group<A>(h.q, h.receiver + t, count, width).add_to(k_grad, slopes, width);
+    add_rows(weights, h.grad, h.receiver + first, count, h.packs, h.v_grad + row);
+    add_rows(slopes, h.q, h.receiver + first, count, h.packs, h.k_grad + row);
   }
+  multiply(h.k_grad + row, h.scale, h.packs);
+}
+
+template <typename A>
+M2MKD_INLINE void attend_rows(const ForwardHead<A>& head) {
+  for (int64_t u = head.begin; u < head.end; ++u) {
+    attend_row(head, u);
+  }
+}
+
+template <typename A>
+M2MKD_INLINE void backward_rows(const ReceiverGrad<A>& head) {
+  for (int64_t u = head.begin; u < head.end; ++u) {
+    backward_row(head, u);
+  }
+}
+
+template <typename A>
+M2MKD_INLINE void backward_columns(const SenderGrad<A>& head) {
+  for (int64_t v = head.begin; v < head.end; ++v) {
+    backward_column(head, v);
+  }
+}
+
+template <typename T>
+M2MKD_INLINE void widen_rows(const T* rows, compute_t<T>* wide, int64_t n, int64_t width,
+                             int64_t stride) {
+  for (int64_t r = 0; r < n; ++r, rows += width, wide += stride) {
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    k_grad[i] *= h.scale;
+    for (int64_t i = 0; i < width; ++i) {
+      wide[i] = static_cast<compute_t<T>>(rows[i]);
+    }
+    std::fill(wide + width, wide + stride, compute_t<T>(0));
+  }
+}
+
+template <typename T>
+M2MKD_INLINE void narrow_rows(const compute_t<T>* wide, T* rows, int64_t n, int64_t width,
+                              int64_t stride) {
+  for (int64_t r = 0; r < n; ++r, rows += width, wide += stride) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      rows[i] = static_cast<T>(wide[i]);
+    }
   }
 }
 
 }  // namespace
 
 // Clones cannot be templates.
-#define M2MKD_DEFINE_CIRCUIT_ROWS(A)                                         \
-  M2MKD_CLONES void attend(const ForwardHead<A>& head) {                     \
-    for (int64_t u = head.begin; u < head.end; ++u) {                        \
-      attend_row(head, u);                                                   \
-    }                                                                        \
-  }                                                                          \
-  M2MKD_CLONES void attend_backward_receivers(const ReceiverGrad<A>& head) { \
-    for (int64_t u = head.begin; u < head.end; ++u) {                        \
-      backward_row(head, u);                                                 \
-    }                                                                        \
-  }                                                                          \
-  M2MKD_CLONES void attend_backward_senders(const SenderGrad<A>& head) {     \
-    for (int64_t v = head.begin; v < head.end; ++v) {                        \
-      backward_column(head, v);                                              \
-    }                                                                        \
-  }
+#define M2MKD_DEFINE_CIRCUIT_ROWS(A)                                                      \
+  M2MKD_CLONES void attend(const ForwardHead<A>& head) { attend_rows(head); }             \
+  M2MKD_CLONES void attend_backward(const ReceiverGrad<A>& head) { backward_rows(head); } \
+  M2MKD_CLONES void attend_backward(const SenderGrad<A>& head) { backward_columns(head); }
 
 M2MKD_DEFINE_CIRCUIT_ROWS(float)
 M2MKD_DEFINE_CIRCUIT_ROWS(double)
+
+#define M2MKD_DEFINE_ROW_COPIES(T)                                                      \
+  M2MKD_CLONES void widen(const T* rows, compute_t<T>* wide, int64_t n, int64_t width,  \
+                          int64_t stride) {                                             \
+    widen_rows(rows, wide, n, width, stride);                                           \
+  }                                                                                     \
+  M2MKD_CLONES void narrow(const compute_t<T>* wide, T* rows, int64_t n, int64_t width, \
+                           int64_t stride) {                                            \
+    narrow_rows(wide, rows, n, width, stride);                                          \
+  }
+
+M2MKD_DEFINE_ROW_COPIES(float)
+M2MKD_DEFINE_ROW_COPIES(double)
+M2MKD_DEFINE_ROW_COPIES(c10::Half)
+M2MKD_DEFINE_ROW_COPIES(c10::BFloat16)
 
 }  // namespace m2mkd::cpu

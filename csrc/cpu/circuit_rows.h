@@ -1,13 +1,21 @@
-// The inner loops of circuit attention: one head at a time, in A = float or double. Half types are
-// widened before and rounded after.
+// The inner loops of circuit attention, on rows of a whole number of packs. Half types are widened,
+// and other widths padded with zeros, before; see Rows in circuit_attention.cpp.
 //
-// Letters: U receivers, V senders, D head width, N edges. Edges are numbered by receiver.
+// Letters: U receivers, V senders, N edges. Edges are numbered by receiver.
 
 #pragma once
 
 #include <cstdint>
 
+#include "../checks.h"
+
 namespace m2mkd::cpu {
+
+// Numbers in a pack: as many as the widest vector register holds.
+template <typename A>
+constexpr int64_t kPack = 64 / sizeof(A);
+
+constexpr int64_t kMaxWidth = 256;
 
 // What the sender pass needs of an edge: its attention weight, and the gradient of its score.
 template <typename A>
@@ -17,7 +25,8 @@ struct EdgeGrad {
 };
 
 // Receivers [begin, end) of one head, forward. q, out and lse start at receiver begin, k and v at
-// sender 0; bias (or null), like sender, at edge 0. scores has room for the largest degree.
+// sender 0; bias (or null), like sender, at edge 0. scores has room for the largest degree and a
+// pack.
 template <typename A>
 struct ForwardHead {
   const A* q;
@@ -28,30 +37,31 @@ struct ForwardHead {
   const int32_t* sender;
   int64_t begin;
   int64_t end;
-  int64_t width;
+  int64_t packs;
   A scale;
   A* scores;
   A* out;
   A* lse;
 };
 
-// Receivers [begin, end) of one head, backward: the gradient of q, and of every edge. q, grad, out,
-// lse and q_grad start at receiver begin, edges at edge 0.
+// Receivers [begin, end) of one head, backward: the gradient of q, and of every edge. q, grad, lse
+// and q_grad start at receiver begin, edges at edge 0; weights and slopes are buffers like scores.
 template <typename A>
 struct ReceiverGrad {
   const A* q;
   const A* k;
   const A* v;
   const A* grad;
-  const A* out;
   const A* lse;
   const A* bias;
   const int32_t* row_ptr;
   const int32_t* sender;
   int64_t begin;
   int64_t end;
-  int64_t width;
+  int64_t packs;
   A scale;
+  A* weights;
+  A* slopes;
   A* q_grad;
   EdgeGrad<A>* edges;
 };
@@ -68,20 +78,29 @@ struct SenderGrad {
   const int32_t* edge_id;
   int64_t begin;
   int64_t end;
-  int64_t width;
+  int64_t packs;
   A scale;
   A* k_grad;
   A* v_grad;
 };
 
-// One overload per A, defined in circuit_rows.cpp.
-#define M2MKD_DECLARE_CIRCUIT_ROWS(A)                          \
-  void attend(const ForwardHead<A>& head);                     \
-  void attend_backward_receivers(const ReceiverGrad<A>& head); \
-  void attend_backward_senders(const SenderGrad<A>& head);
+// One overload per type, defined in circuit_rows.cpp.
+void attend(const ForwardHead<float>& head);
+void attend(const ForwardHead<double>& head);
+void attend_backward(const ReceiverGrad<float>& head);
+void attend_backward(const ReceiverGrad<double>& head);
+void attend_backward(const SenderGrad<float>& head);
+void attend_backward(const SenderGrad<double>& head);
 
-M2MKD_DECLARE_CIRCUIT_ROWS(float)
-M2MKD_DECLARE_CIRCUIT_ROWS(double)
-#undef M2MKD_DECLARE_CIRCUIT_ROWS
+// Copies rows of `width` numbers to rows of `stride`, filled up with zeros, and back.
+#define M2MKD_DECLARE_ROW_COPIES(T)                                                        \
+  void widen(const T* rows, compute_t<T>* wide, int64_t n, int64_t width, int64_t stride); \
+  void narrow(const compute_t<T>* wide, T* rows, int64_t n, int64_t width, int64_t stride);
+
+M2MKD_DECLARE_ROW_COPIES(float)
+M2MKD_DECLARE_ROW_COPIES(double)
+M2MKD_DECLARE_ROW_COPIES(c10::Half)
+M2MKD_DECLARE_ROW_COPIES(c10::BFloat16)
+#undef M2MKD_DECLARE_ROW_COPIES
 
 }  // namespace m2mkd::cpu

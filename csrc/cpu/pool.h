@@ -32,7 +32,8 @@ class Pool {
   };
 
   // The smallest kept block that fits without wasting more than a quarter, or fresh memory.
-  Block take(int64_t bytes) {
+  Block take(int64_t wanted) {
+    const int64_t bytes = (wanted + kPage - 1) / kPage * kPage;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = kept_.end();
@@ -49,13 +50,12 @@ class Pool {
         return block;
       }
     }
-    const int64_t rounded = (bytes + kPage - 1) / kPage * kPage;
-    void* data = std::aligned_alloc(kPage, rounded);
-    STD_TORCH_CHECK(data != nullptr, "m2mkd: out of memory for ", rounded, " bytes");
+    void* data = std::aligned_alloc(kPage, bytes);
+    STD_TORCH_CHECK(data != nullptr, "m2mkd: out of memory for ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(data, rounded, MADV_HUGEPAGE);
+    madvise(data, bytes, MADV_HUGEPAGE);
 #endif
-    return {data, rounded};
+    return {data, bytes};
   }
 
   // Keeps the block; where that exceeds the limit the longest unused ones go.
@@ -80,17 +80,27 @@ class Pool {
 };
 
 // An uninitialised CPU tensor, from the pool where it is large.
-inline Tensor pooled_empty(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+inline Tensor pooled_empty(const Tensor& like, const std::vector<int64_t>& sizes,
+                           ScalarType dtype) {
   constexpr int64_t kLarge = int64_t{1} << 20;
-  const int64_t bytes = rows * cols * static_cast<int64_t>(like.element_size());
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = i + 1 < sizes.size() ? strides[i + 1] * sizes[i + 1] : 1;
+    bytes *= sizes[i];
+  }
   if (bytes < kLarge) {
-    return new_empty(like, {rows, cols}, dtype);
+    return new_empty(like, sizes, dtype);
   }
   const Pool::Block block = Pool::instance().take(bytes);
-  const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
-  return torch::stable::from_blob(block.data, {sizes, 2}, {strides, 2},
+  return torch::stable::from_blob(block.data, {sizes.data(), sizes.size()},
+                                  {strides.data(), strides.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   [block](void*) { Pool::instance().give_back(block); });
+}
+
+inline Tensor pooled_empty(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+  return pooled_empty(like, {rows, cols}, dtype);
 }
 
 }  // namespace m2mkd::cpu

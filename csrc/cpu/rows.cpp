@@ -134,10 +134,6 @@ M2MKD_INLINE compute_t<T> backward_row(const BackwardRow<T>& row, compute_t<T> w
   }                                                                                            \
   M2MKD_CLONES void store(T* out, const compute_t<T>* sums, int64_t n) {                       \
     _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) { out[i] = static_cast<T>(sums[i]); }  \
-  }                                                                                            \
-  M2MKD_CLONES void load(compute_t<T>* out, const T* row, int64_t n) {                         \
-    using A = compute_t<T>;                                                                    \
-    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) { out[i] = static_cast<A>(row[i]); }   \
   }
 
 M2MKD_DEFINE_ROWS(float)

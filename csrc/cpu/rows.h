@@ -37,9 +37,7 @@ struct BackwardRow {
   void scale(T* out, const T* row, compute_t<T> scale, int64_t n);                                \
   compute_t<T> dot(const T* a, const T* b, int64_t n);                                            \
   /* out = sums, rounded to T. */                                                                 \
-  void store(T* out, const compute_t<T>* sums, int64_t n);                                        \
-  /* out = row, widened. */                                                                       \
-  void load(compute_t<T>* out, const T* row, int64_t n);
+  void store(T* out, const compute_t<T>* sums, int64_t n);
 
 M2MKD_DECLARE_ROWS(float)
 M2MKD_DECLARE_ROWS(double)
