@@ -1,15 +1,14 @@
-// The element-wise parts of expert layers: bias and activation in one pass, their backward with the
-// gate's gradient in one pass, and column sums for bias gradients.
+// The element-wise parts of expert layers: bias and activation in one pass, and their backward with
+// the gate's gradient in one pass.
 
 #include "launchers.h"
-#include "platform.h"
+#include "moe_experts.h"
 
 namespace m2mkd::cuda {
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 8;  // rows that a block of sum_chunks_kernel adds at a time
 
 template <typename A>
 struct Value {
@@ -18,50 +17,32 @@ struct Value {
 };
 
 // The activation and its derivative; formulas as in csrc/cpu/activations.h.
-template <typename A>
-__device__ Value<A> activation(Activation act, A x) {
-  switch (act) {
-    case Activation::gelu: {
-      const A cdf = A(0.5) * erfc(-x * A(0.70710678118654752440));
-      return {x * cdf, cdf + x * A(0.39894228040143267794) * exp(A(-0.5) * x * x)};
-    }
-    case Activation::gelu_tanh: {
-      const A u = A(1.59576912160573071176) * (x + A(0.044715) * x * x * x);
-      const A value = A(1) / (A(1) + exp(-u));
-      const A tail = A(1) / (A(1) + exp(u));
-      const A du = A(1.59576912160573071176) * (A(1) + A(0.134145) * x * x);
-      return {x * value, value + (value > 0 && tail > 0 ? x * value * tail * du : A(0))};
-    }
-    case Activation::silu: {
-      const A value = A(1) / (A(1) + exp(-x));
-      const A tail = A(1) / (A(1) + exp(x));
-      return {x * value, value + (value > 0 && tail > 0 ? x * value * tail : A(0))};
-    }
-    case Activation::relu:
-      return {x < A(0) ? A(0) : x, x > A(0) ? A(1) : A(0)};
-    default:
-      return {x, A(1)};
+template <Activation Act, typename A>
+__device__ Value<A> activation(A x) {
+  if constexpr (Act == Activation::gelu) {
+    const A cdf = A(0.5) * erfc(-x * A(0.70710678118654752440));
+    return {x * cdf, cdf + x * A(0.39894228040143267794) * exp(A(-0.5) * x * x)};
+  } else if constexpr (Act == Activation::gelu_tanh) {
+    const A u = A(1.59576912160573071176) * (x + A(0.044715) * x * x * x);
+    const A value = A(1) / (A(1) + exp(-u));
+    const A tail = A(1) / (A(1) + exp(u));
+    const A du = A(1.59576912160573071176) * (A(1) + A(0.134145) * x * x);
+    return {x * value, value + (value > 0 && tail > 0 ? x * value * tail * du : A(0))};
+  } else if constexpr (Act == Activation::silu) {
+    const A value = A(1) / (A(1) + exp(-x));
+    const A tail = A(1) / (A(1) + exp(x));
+    return {x * value, value + (value > 0 && tail > 0 ? x * value * tail : A(0))};
+  } else if constexpr (Act == Activation::relu) {
+    return {x < A(0) ? A(0) : x, x > A(0) ? A(1) : A(0)};
+  } else {
+    return {x, A(1)};
   }
-}
-
-// Expert whose rows contain `row`: the last e with offsets[e] <= row.
-__device__ int expert_of(const int32_t* offsets, int experts, int row) {
-  int low = 0, high = experts;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (offsets[middle] <= row) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
 }
 
 // A warp per row.
-template <typename T, int N>
-__global__ void activate_kernel(Activation act, const T* z, const T* bias, const int32_t* offsets,
-                                int experts, int rows, int packs, T* out) {
+template <Activation Act, typename T, int N>
+__global__ void activate_kernel(const T* z, const T* bias, const int32_t* offsets, int experts,
+                                int rows, int packs, T* out) {
   using P = Pack<T, N>;
   using A = compute_t<T>;
   const int row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
@@ -81,8 +62,9 @@ __global__ void activate_kernel(Activation act, const T* z, const T* bias, const
     if (used) {
       const P input = source[p];
       const P b = shift != nullptr ? shift[p] : P{};
+#pragma unroll
       for (int n = 0; n < N; ++n) {
-        result.set(n, activation<A>(act, input.get(n) + b.get(n)).y);
+        result.set(n, activation<Act>(input.get(n) + b.get(n)).y);
       }
     }
     target[p] = result;
@@ -90,8 +72,8 @@ __global__ void activate_kernel(Activation act, const T* z, const T* bias, const
 }
 
 // A warp per row: dz = w da act'(z), weighted = w act(z), gate gradient = da . act(z) + g . b2.
-template <typename T, int N>
-__global__ void activate_backward_kernel(Activation act, ActivateBackward a) {
+template <Activation Act, typename T, int N>
+__global__ void activate_backward_kernel(ActivateBackward a) {
   using P = Pack<T, N>;
   using A = compute_t<T>;
   const int lane = threadIdx.x % kWarp;
@@ -124,8 +106,9 @@ __global__ void activate_backward_kernel(Activation act, ActivateBackward a) {
     const P b = bias != nullptr ? bias[p] : P{};
     P g = {};
     P w = {};
+#pragma unroll
     for (int n = 0; n < N; ++n) {
-      const auto value = activation<A>(act, input.get(n) + b.get(n));
+      const auto value = activation<Act>(input.get(n) + b.get(n));
       sum += upstream.get(n) * value.y;
       w.set(n, weight * value.y);
       g.set(n, weight * upstream.get(n) * value.slope);
@@ -149,106 +132,35 @@ __global__ void activate_backward_kernel(Activation act, ActivateBackward a) {
   }
 }
 
-// Column sums come in two passes, so that the work is even however rows are shared among experts.
-// This one: a block per kColumnChunk rows and 32 packs of columns. The rows of expert e in chunk c
-// are summed into partial[c + e]: along the rows either c or e grows, so no two share an entry, and
-// the first pass needs no list of them. Eight rows are added at a time, their sums in order.
-template <typename T, int N>
-__global__ void sum_chunks_kernel(const T* rows, const compute_t<T>* scale, const int32_t* offsets,
-                                  int experts, int packs, compute_t<T>* partial) {
-  using P = Pack<T, N>;
-  using A = compute_t<T>;
-  // Padded so that neither the writes nor the reads below meet in a bank.
-  constexpr int kStride = kWarp + kWarp / N;
-  M2MKD_SHARED(A, sums, kLanes * N * kStride);
-  const int column = threadIdx.x % kWarp, lane = threadIdx.x / kWarp;
-  const int pack = blockIdx.y * kWarp + column;
-  const int64_t chunk_begin = int64_t(blockIdx.x) * kColumnChunk;
-  const int64_t chunk_end = chunk_begin + kColumnChunk;
-  if (chunk_begin >= offsets[experts]) {
-    return;
-  }
-  for (int e = expert_of(offsets, experts, int(chunk_begin)); e < experts && offsets[e] < chunk_end;
-       ++e) {
-    const int64_t begin = offsets[e] > chunk_begin ? offsets[e] : chunk_begin;
-    const int64_t end = offsets[e + 1] < chunk_end ? offsets[e + 1] : chunk_end;
-    if (begin >= end) {
-      continue;
-    }
-    A own[N] = {};
-    if (pack < packs) {
-      for (int64_t row = begin + lane; row < end; row += kLanes) {
-        const A weight = scale != nullptr ? scale[row] : A(1);
-        const P values = reinterpret_cast<const P*>(rows)[row * packs + pack];
-        for (int n = 0; n < N; ++n) {
-          own[n] += weight * values.get(n);
-        }
-      }
-    }
-    for (int n = 0; n < N; ++n) {
-      sums[(lane * N + n) * kStride + column] = own[n];
-    }
-    __syncthreads();
-    // Element i of the block's columns; consecutive threads write consecutive ones.
-    for (int i = threadIdx.x; i < kWarp * N; i += blockDim.x) {
-      A total = 0;
-      for (int l = 0; l < kLanes; ++l) {
-        total += sums[(l * N + i % N) * kStride + i / N];
-      }
-      const int64_t element = int64_t(blockIdx.y) * kWarp * N + i;
-      if (element < int64_t(packs) * N) {
-        partial[(blockIdx.x + int64_t(e)) * packs * N + element] = total;
-      }
-    }
-    __syncthreads();
-  }
+template <Activation Act, typename T, int N>
+void activate(const void* z, const void* bias, const int32_t* offsets, int experts, int rows,
+              int width, void* out, void* stream) {
+  M2MKD_LAUNCH((activate_kernel<Act, T, N>), blocks_for(rows, kThreads / kWarp), kThreads, 0,
+               stream, static_cast<const T*>(z), static_cast<const T*>(bias), offsets, experts,
+               rows, width / N, static_cast<T*>(out));
 }
 
-// The other pass: a thread per column of an expert adds its chunks in order.
-template <typename T>
-__global__ void add_chunks_kernel(const compute_t<T>* partial, const int32_t* offsets, int experts,
-                                  int width, T* out) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= int64_t(experts) * width) {
-    return;
-  }
-  const int expert = int(i / width);
-  const int64_t begin = offsets[expert], end = offsets[expert + 1];
-  compute_t<T> total = 0;
-  if (begin < end) {
-    const int64_t last = (end - 1) / kColumnChunk;
-    for (int64_t chunk = begin / kColumnChunk; chunk <= last; ++chunk) {
-      total += partial[(chunk + expert) * width + i % width];
-    }
-  }
-  out[i] = narrow<T>(total);
+template <Activation Act, typename T, int N>
+void activate_backward(const ActivateBackward& a, void* stream) {
+  M2MKD_LAUNCH((activate_backward_kernel<Act, T, N>), blocks_for(a.rows, kThreads / kWarp),
+               kThreads, 0, stream, a);
 }
 
-int blocks_for(int64_t items, int per_block) { return int((items + per_block - 1) / per_block); }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-template <typename T, int N>
-void activate(Activation act, const void* z, const void* bias, const int32_t* offsets, int experts,
-              int rows, int width, void* out, void* stream) {
-  M2MKD_LAUNCH((activate_kernel<T, N>), blocks_for(rows, kThreads / kWarp), kThreads, 0, stream,
-               act, static_cast<const T*>(z), static_cast<const T*>(bias), offsets, experts, rows,
-               width / N, static_cast<T*>(out));
-}
-
-template <typename T, int N>
-void sum_columns(const void* rows, const void* scale, const int32_t* offsets, int experts,
-                 int count, int width, void* partial, void* out, void* stream) {
-  using A = compute_t<T>;
-  const dim3 grid(blocks_for(count, kColumnChunk), blocks_for(width / N, kWarp));
-  if (count > 0) {
-    M2MKD_LAUNCH((sum_chunks_kernel<T, N>), grid, kWarp * kLanes, 0, stream,
-                 static_cast<const T*>(rows), static_cast<const A*>(scale), offsets, experts,
-                 width / N, static_cast<A*>(partial));
+// Calls f with an activation as a constant, so that kernels do not choose per element.
+template <typename F>
+void with_activation(Activation act, F&& f) {
+  switch (act) {
+    case Activation::identity:
+      return f(std::integral_constant<Activation, Activation::identity>{});
+    case Activation::gelu:
+      return f(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return f(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    case Activation::relu:
+      return f(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::silu:
+      return f(std::integral_constant<Activation, Activation::silu>{});
   }
-  M2MKD_LAUNCH(add_chunks_kernel<T>, blocks_for(int64_t(experts) * width, kThreads), kThreads, 0,
-               stream, static_cast<const A*>(partial), offsets, experts, width,
-               static_cast<T*>(out));
 }
 
 }  // namespace
@@ -260,11 +172,15 @@ int launch_activate(DType dtype, Activation act, const void* z, const void* bias
     return cudaSuccess;
   }
   const bool whole = aligned(z) && aligned(bias) && aligned(out);
-  M2MKD_FOR_DTYPE(
-      dtype,
-      if (whole && width % kPack<T> == 0) {
-        activate<T, kPack<T>>(act, z, bias, offsets, experts, rows, width, out, stream);
-      } else { activate<T, 1>(act, z, bias, offsets, experts, rows, width, out, stream); });
+  M2MKD_FOR_DTYPE(dtype, with_activation(act, [&](auto constant) {
+                    constexpr Activation kAct = decltype(constant)::value;
+                    if (whole && width % kPack<T> == 0) {
+                      activate<kAct, T, kPack<T>>(z, bias, offsets, experts, rows, width, out,
+                                                  stream);
+                    } else {
+                      activate<kAct, T, 1>(z, bias, offsets, experts, rows, width, out, stream);
+                    }
+                  }));
   return cudaGetLastError();
 }
 
@@ -274,30 +190,14 @@ int launch_activate_backward(DType dtype, Activation act, const ActivateBackward
   }
   const bool whole =
       aligned(a.z) && aligned(a.fc1_bias) && aligned(a.hidden_grad) && aligned(a.weighted);
-  M2MKD_FOR_DTYPE(
-      dtype,
-      if (whole && a.hidden % kPack<T> == 0) {
-        M2MKD_LAUNCH((activate_backward_kernel<T, kPack<T>>), blocks_for(a.rows, kThreads / kWarp),
-                     kThreads, 0, stream, act, a);
-      } else {
-        M2MKD_LAUNCH((activate_backward_kernel<T, 1>), blocks_for(a.rows, kThreads / kWarp),
-                     kThreads, 0, stream, act, a);
-      });
-  return cudaGetLastError();
-}
-
-int launch_sum_columns(DType dtype, const void* rows, const void* scale, const int32_t* offsets,
-                       int experts, int count, int width, void* partial, void* out, void* stream) {
-  if (experts == 0 || width == 0) {
-    return cudaSuccess;
-  }
-  M2MKD_FOR_DTYPE(
-      dtype,
-      if (aligned(rows) && width % kPack<T> == 0) {
-        sum_columns<T, kPack<T>>(rows, scale, offsets, experts, count, width, partial, out, stream);
-      } else {
-        sum_columns<T, 1>(rows, scale, offsets, experts, count, width, partial, out, stream);
-      });
+  M2MKD_FOR_DTYPE(dtype, with_activation(act, [&](auto constant) {
+                    constexpr Activation kAct = decltype(constant)::value;
+                    if (whole && a.hidden % kPack<T> == 0) {
+                      activate_backward<kAct, T, kPack<T>>(a, stream);
+                    } else {
+                      activate_backward<kAct, T, 1>(a, stream);
+                    }
+                  }));
   return cudaGetLastError();
 }
 

@@ -55,11 +55,13 @@ __global__ void sum_rows_kernel(const T* rows, const int32_t* row_of, const comp
       }
       const A weight = weights != nullptr ? weights[token * k + j] : A(1);
       const P pack = reinterpret_cast<const P*>(rows)[row * packs + p];
+#pragma unroll
       for (int n = 0; n < N; ++n) {
         sums[n] += weight * pack.get(n);
       }
     }
     P pack = {};
+#pragma unroll
     for (int n = 0; n < N; ++n) {
       pack.set(n, sums[n]);
     }
@@ -90,6 +92,7 @@ __global__ void combine_backward_kernel(const T* grad, const T* rows, const comp
       const P g = upstream[p];
       const P r = source[p];
       P d = {};
+#pragma unroll
       for (int n = 0; n < N; ++n) {
         sum += g.get(n) * r.get(n);
         d.set(n, weight * g.get(n));

@@ -13,10 +13,14 @@ from torch import Tensor
 from m2mkd.ops import reference
 from m2mkd.ops._checks import MoEPlan
 from m2mkd.ops._load import EXTENSION, ExtensionWarning
+from m2mkd.ops.circuit import Circuit
 
 # Of the largest value; half types round every stage, at other places than the reference.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _passed: dict[int, bool] = {}
+
+# Kernel, reference and inputs.
+_Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
 
 
 def selftest(device: torch.device | str) -> dict[str, str]:
@@ -84,9 +88,38 @@ def _compare(
     return "ok"
 
 
-def _cases(
-    device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
+def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, _Case]:
+    """The cases of every op."""
+    return {**_moe_cases(device, dtype), **_circuit_cases(device, dtype)}
+
+
+def _circuit_cases(device: torch.device, dtype: torch.dtype) -> dict[str, _Case]:
+    """Few and many heads, which the CUDA kernels serve differently (cuda/circuit_launch.h)."""
+    generator = torch.Generator().manual_seed(1)
+    cases: dict[str, _Case] = {}
+    for name, batch, heads in (("circuit_attention", 2, 3), ("circuit_attention staged", 8, 24)):
+        links_UV = torch.rand(20, 24, generator=generator) < 0.6
+        links_UV[7] = links_UV[:, 5] = False
+        circuit = Circuit.from_dense(links_UV).to(device)
+        sizes = [(batch, heads, length, 16) for length in (20, 24, 24)]
+        q, k, v = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+        bias = torch.randn(batch, circuit.num_edges, generator=generator).to(device)
+        graph = [t for name, t in circuit.tensors().items() if name != "receiver_of_edge"]
+
+        def kernel(*inputs: Tensor, graph: list[Tensor] = graph) -> Tensor:
+            out: Tensor = torch.ops.m2mkd.circuit_attention(*inputs, *graph, 0.25)[0]
+            return out
+
+        def plain(
+            q: Tensor, k: Tensor, v: Tensor, bias: Tensor, circuit: Circuit = circuit
+        ) -> Tensor:
+            return reference.circuit_attention(q, k, v, circuit, bias, 0.25)
+
+        cases[name] = (kernel, plain, [t.requires_grad_() for t in (q, k, v, bias)])
+    return cases
+
+
+def _moe_cases(device: torch.device, dtype: torch.dtype) -> dict[str, _Case]:
     """Kernel, reference and inputs of each op; with a dropped choice and a full expert."""
     ops = torch.ops.m2mkd
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from m2mkd.ops import _selftest, reference
 @needs_kernels
 def test_the_cpu_kernels_pass() -> None:
     found = ops.selftest("cpu")
-    assert len(found) == 12
+    assert len(found) == 16
     assert set(found.values()) == {"ok"}
 
 
