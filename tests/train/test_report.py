@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -249,6 +250,24 @@ def test_rebuilding_grades_a_run_that_has_none(run: Path, tmp_path: Path) -> Non
     assert json.loads((other / "grades.json").read_text()) == expected
     assert (other / "report.html").read_text().count("<svg") > 10
     assert load_recipe(str(other / "recipe.yaml")).name == "tiny"
+
+
+def test_circuits_of_a_nac_are_on_the_page(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    model = timm.create_model("nac_digits", num_classes=10, inputs_to="first")
+    circuits = grading.draw_circuits(model, other / "circuits")
+    assert [entry["file"] for entry in circuits] == ["layer-00.png", "layer-01.png"]
+    assert circuits[0]["statistics"]["receivers"] == 24
+    grades = json.loads((other / "grades.json").read_text())
+    (other / "grades.json").write_text(json.dumps({**grades, "circuits": circuits}))
+    text = write_report([other], other / "report.html").read_text()
+    assert "Circuits" in Page(text).headings and text.count('class="plate"') == 2
+
+
+def test_other_networks_have_no_circuits(run: Path, tmp_path: Path) -> None:
+    assert grading.draw_circuits(load_model(run)[0], tmp_path / "circuits") == []
+    assert not (tmp_path / "circuits").exists()
 
 
 def test_the_interval_of_gains_is_students_t_over_seeds() -> None:

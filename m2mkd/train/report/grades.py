@@ -17,8 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from m2mkd.models.checkpoint import load_model, read_json, write_text
+from m2mkd.models.checkpoint import load_model, read_json, write_failure, write_text
+from m2mkd.models.nac import NAC
 from m2mkd.nn import MoEMlp
+from m2mkd.nn.circuit_statistics import circuit_statistics
+from m2mkd.train.circuit_pictures import plot_circuit
 from m2mkd.train.data import ImageData
 
 GRADES = "grades.json"
@@ -36,13 +39,14 @@ def grade_run(run: Path, data: ImageData, device: torch.device) -> dict[str, Any
         `ece` (fraction), `bins` (images, mean confidence and accuracy of each confidence bin),
         `classes` (images and correct ones by class), `confusion` ([true, predicted, images], most
         frequent first), `experts` (rows by expert of every MoE layer), `mistakes` (the most
-        confident ones, with pictures).
+        confident ones, with pictures), `circuits` (of a NAC, see `draw_circuits`).
 
     Raises:
         CheckpointError: The run is not complete, or the disk is full.
     """
     model, checkpoint = load_model(run)
     grades = grade(model.to(device), data, device)
+    grades["circuits"] = draw_circuits(model, run / "circuits")
     grades["digest"] = checkpoint.meta.get("digest")
     write_text(run / GRADES, json.dumps(grades))
     return grades
@@ -102,6 +106,35 @@ def grade(model: nn.Module, data: ImageData, device: torch.device) -> dict[str, 
         "experts": experts,
         "mistakes": [entry[2] for entry in sorted(worst, reverse=True)],
     }
+
+
+def draw_circuits(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
+    """Draws the circuits of a NAC's propagators: one for those that hear the inputs, one for those
+    that do not.
+
+    Returns:
+        `title`, `file` (in `folder`) and `statistics` of each picture; nothing for other networks.
+
+    Raises:
+        CheckpointError: A picture cannot be written.
+    """
+    if not isinstance(model, NAC):
+        return []
+    layers: dict[bool, list[int]] = {}
+    for layer in range(model.depth):
+        layers.setdefault(model.hears_inputs(layer), []).append(layer)
+    drawn = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_failure(folder, error) from error
+    for numbers in layers.values():
+        title = f"Circuit of layer {', '.join(map(str, numbers))}"
+        file = f"layer-{numbers[0]:02d}.png"
+        circuit = model.circuit(numbers[0])
+        plot_circuit(circuit, folder / file, title)
+        drawn.append({"title": title, "file": file, "statistics": circuit_statistics(circuit)})
+    return drawn
 
 
 @contextmanager

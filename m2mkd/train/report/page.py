@@ -1,5 +1,6 @@
 """Puts a run, or several seeds of one recipe, on one HTML page."""
 
+import base64
 import math
 import statistics
 from collections.abc import Sequence
@@ -133,6 +134,7 @@ def _context(records: list[Record]) -> dict[str, Any]:
         "results": _results(summaries) if summaries else None,
         "curves": _curves(records),
         "grades": _grades(records),
+        "circuits": _circuits(first),
         "corruptions": _corruptions(first),
         "cost": _cost(first),
     }
@@ -320,6 +322,18 @@ def _experts(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
         "figure": figures.expert_load([(row["name"], row["shares"]) for row in rows]),
         "drops": any(row["dropped"] > 0.0 for row in rows),
     }
+
+
+def _circuits(record: Record) -> list[dict[str, Any]]:
+    """Circuits of a NAC, their pictures as base64."""
+    found = []
+    for entry in (record.grades or {}).get("circuits", []):
+        path = record.path / "circuits" / entry["file"]
+        if path.is_file():
+            picture = base64.b64encode(path.read_bytes()).decode()
+            numbers = [(name.replace("_", " "), n) for name, n in entry["statistics"].items()]
+            found.append({"title": entry["title"], "png": picture, "statistics": numbers})
+    return found
 
 
 def _corruptions(record: Record) -> dict[str, Any] | None:
