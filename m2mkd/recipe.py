@@ -190,6 +190,11 @@ class DistillConfig(_Section):
     assembly: Literal["drop", "keep", "fold"] = Field(
         "drop", description="what becomes of the stitches in the assembled student"
     )
+    nac_context: Literal["alone", "circuit"] = Field(
+        "alone",
+        description="what a NAC's module is taught among: alone, under one random code (the "
+        "paper); circuit: among the NAC's latents, with their codes and links",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DistillConfig":

@@ -31,6 +31,7 @@ from m2mkd.nn import (
     Seeder,
     SignatureKernel,
 )
+from m2mkd.nn.circuit_losses import block_model_loss, signature_repulsion
 from m2mkd.ops import Circuit
 
 __all__ = ["NAC"]
@@ -71,6 +72,7 @@ class NAC(nn.Module):
         self.num_features = self.head_hidden_size = opts.state_dim
         self.depth = opts.depth
         self.grad_checkpointing = False
+        self.auxiliary_loss: Tensor | None = None
         self.tokenizer = ConvNeXtTokenizer(
             img_size,
             in_chans,
@@ -149,6 +151,8 @@ class NAC(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images [B, channels, H, W] to logits [B, C]."""
+        if self.training:
+            self.auxiliary_loss = self._signature_loss()
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -223,6 +227,22 @@ class NAC(nn.Module):
     def log_affinity(self, layer: int) -> Tensor:
         """Strengths of the edges of `circuit(layer)`, [N], which sum to one over a receiver's."""
         return self.kernel(layer).log_affinity(*self.signatures(layer), self.circuit(layer))
+
+    def _signature_loss(self) -> Tensor | None:
+        """The regulariser of the signatures, weighted; None without one."""
+        opts, mediators = self.options, self.mediator_latents.signatures
+        if opts.signature_loss is None:
+            return None
+        if opts.signature_loss == "repulsion":
+            latents = (self.input_latents, self.mediator_latents, self.output_latents)
+            loss = signature_repulsion(torch.cat([kind.signatures for kind in latents]))
+        else:
+            truncation = opts.propagator_kernel().truncation
+            limit = 2.0 if truncation is None else truncation
+            bandwidths = [self.kernel(layer).bandwidth for layer in range(len(self.kernels))]
+            losses = [block_model_loss(mediators, width, limit) for width in bandwidths]
+            loss = torch.stack(losses).sum()
+        return opts.signature_loss_weight * loss
 
     def fix_circuits(self) -> None:
         """Keeps the present circuits until the model's mode is set again.

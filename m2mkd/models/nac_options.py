@@ -11,6 +11,7 @@ Options = Mapping[str, Any]
 Seeding = Literal["codes", "learned"]
 InputsTo = Literal["all", "first"]
 Pooling = Literal["confidence", "first"]
+SignatureLoss = Literal["repulsion", "block_model"]
 T = TypeVar("T")
 
 _KERNEL = {"truncation": 0.9, "sampling": "relaxed_bernoulli", "temperature": 0.5}
@@ -52,6 +53,11 @@ class NACOptions:
             `none` for random ones.
         prior_args: Its options.
         learn_signatures, learn_codes: Whether these are trained.
+        signature_loss: Regulariser of the signatures in training: `repulsion` of all that are near,
+            `block_model` of the mediators (8 clusters, as a planted partition); None for none.
+            Published runs take repulsion with weight 0.1, and block_model with weight 1 under a
+            planted partition.
+        signature_loss_weight: What it weighs beside the task's loss.
         stochastic_eval: Whether eval mode draws seeds and confidences, as the published code does.
 
     Raises:
@@ -98,14 +104,21 @@ class NACOptions:
     prior_args: Options = field(default_factory=dict)
     learn_signatures: bool = True
     learn_codes: bool = True
+    signature_loss: SignatureLoss | None = None
+    signature_loss_weight: float = 0.1
     stochastic_eval: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"seeding": Seeding, "inputs_to": InputsTo, "pooling": Pooling}
+        choices = {
+            "seeding": get_args(Seeding),
+            "inputs_to": get_args(InputsTo),
+            "pooling": get_args(Pooling),
+            "signature_loss": (*get_args(SignatureLoss), None),
+        }
         for name, known in choices.items():
-            if getattr(self, name) not in get_args(known):
+            if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"nac: {name}={getattr(self, name)!r} is none of {', '.join(get_args(known))}"
+                    f"nac: {name}={getattr(self, name)!r} is none of {', '.join(map(str, known))}"
                 )
 
     def propagator_block(self, drop_path: float) -> BlockOptions:

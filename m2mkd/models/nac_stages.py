@@ -7,11 +7,18 @@ code, and where it needs states of its own, one fixed random state.
 Letters: B batch, T tokens, U latents, D state width, C code width, M meta width.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from m2mkd.errors import ConfigError, ShapeError
 from m2mkd.models.nac import NAC
+from m2mkd.models.nac_circuit_stages import (
+    CircuitMediatorStage,
+    CircuitReadInStage,
+    CircuitReadOutStage,
+)
 from m2mkd.nn import (
     ConfidencePooling,
     ConvNeXtTokenizer,
@@ -20,6 +27,8 @@ from m2mkd.nn import (
     ReadIn,
     ReadOut,
 )
+
+Context = Literal["alone", "circuit"]
 
 
 class _Stage(nn.Module):
@@ -120,7 +129,7 @@ class ReadOutStage(_Stage):
         return logits
 
 
-def split_nac(nac: NAC, stitch_dim: int) -> nn.ModuleList:
+def split_nac(nac: NAC, stitch_dim: int, context: Context = "alone") -> nn.ModuleList:
     """Cuts a NAC into its read-in, propagators and read-out, each between new stitches.
 
     The stages share the NAC's parameters under local names (`read_in`, `propagator`, `read_out`),
@@ -129,6 +138,7 @@ def split_nac(nac: NAC, stitch_dim: int) -> nn.ModuleList:
     Args:
         nac: With a propagator for each layer.
         stitch_dim: M.
+        context: `alone`, as published, or `circuit`: among the NAC's latents.
 
     Raises:
         ConfigError: All layers are one propagator.
@@ -138,11 +148,19 @@ def split_nac(nac: NAC, stitch_dim: int) -> nn.ModuleList:
             "a NAC whose layers share one propagator cannot be taught module by module; set "
             "share_propagators: false"
         )
-    blocks = [nac.block(layer) for layer in range(nac.depth)]
+    layers = range(nac.depth)
+    if context == "circuit":
+        return nn.ModuleList(
+            [
+                CircuitReadInStage(nac, stitch_dim),
+                *(CircuitMediatorStage(nac, layer, stitch_dim) for layer in layers),
+                CircuitReadOutStage(nac, stitch_dim),
+            ]
+        )
     return nn.ModuleList(
         [
             ReadInStage(nac.tokenizer, nac.read_in, stitch_dim),
-            *(MediatorStage(block, stitch_dim) for block in blocks),
+            *(MediatorStage(nac.block(layer), stitch_dim) for layer in layers),
             ReadOutStage(nac.read_out, nac.pooling, stitch_dim),
         ]
     )

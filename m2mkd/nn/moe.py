@@ -234,16 +234,6 @@ class MoEMlp(nn.Module):
         return _squared_variation(chance_TE.mean(dim=0))
 
 
-def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Sums the auxiliary losses that the model's MoE layers recorded in their last forward pass."""
-    losses = [
-        layer.auxiliary_loss
-        for layer in model.modules()
-        if isinstance(layer, MoEMlp) and layer.auxiliary_loss is not None
-    ]
-    return torch.stack(losses).sum() if losses else None
-
-
 def expert_copies(mlp: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
     """State of an `MoEMlp`'s experts, all equal to one dense MLP (arXiv 2212.05055 section 2.1).
 

@@ -42,7 +42,10 @@ from m2mkd.train.progress import Reporter
 
 _LOG_EVERY = 10  # optimiser steps between lines of metrics.jsonl
 # Names whose tensors have more than one dimension but are biases or tokens: never decayed.
-_NO_DECAY = ("pos_embed", "cls_token", "reg_token", "fc1_bias", "fc2_bias")
+_NO_DECAY = (
+    *("pos_embed", "cls_token", "reg_token", "fc1_bias", "fc2_bias"),
+    *("tokenizer.grid", "latents.signatures", "latents.states"),
+)
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Job:
     schedule: Schedule
     folder: Path
     digest: str
-    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate: Callable[[], dict[str, Any]] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     setting: str = ""
 

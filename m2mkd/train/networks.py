@@ -2,19 +2,23 @@
 
 import platform
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import m2mkd
-from m2mkd.distill import stitch_args
-from m2mkd.distill.assembly import Assembly
+from m2mkd.distill import AssemblyReport
+from m2mkd.distill.assembly import Assembly, ModuleWeights
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models import (
+    NAC,
     VMoE,
     create_meta,
+    create_network,
     create_vit,
     load_pretrained_vit,
     resolve_depths,
@@ -25,6 +29,7 @@ from m2mkd.nn import MoEMlp
 from m2mkd.recipe import Recipe, digest
 from m2mkd.train.data import ImageData
 from m2mkd.train.loop import seed_everything
+from m2mkd.train.students import make_student
 
 
 class Networks:
@@ -32,7 +37,6 @@ class Networks:
 
     Attributes:
         teacher_depths: Blocks per teacher module.
-        student_depths: Blocks per student module.
         teacher_dim: Width of teacher and meta model.
         parameters: Number of parameters of `teacher` and `student`.
 
@@ -54,24 +58,26 @@ class Networks:
         }
         teacher = self._fresh_teacher()
         student = self._create_student({})
-        asked = recipe.teacher.depths if recipe.teacher.depths != "auto" else recipe.student.depths
-        count = len(asked) if isinstance(asked, list) else None
+        count = _number_of_modules(recipe, student)
         self.teacher_depths = resolve_depths(
             recipe.teacher.depths, len(teacher.blocks), what="teacher.depths", num_modules=count
         )
-        self.student_depths = resolve_depths(
-            recipe.student.depths,
-            len(student.blocks),
-            what="student.depths",
-            num_modules=len(self.teacher_depths),
-        )
         self.teacher_dim = teacher.embed_dim
+        self._student = make_student(
+            recipe, student, self._seeded_student, len(self.teacher_depths), self.teacher_dim
+        )
         self.parameters = {
             "teacher": sum(p.numel() for p in teacher.parameters()),
             "student": sum(p.numel() for p in student.parameters()),
         }
-        _check_tokens(teacher, student)
-        self._check_capacity(student)
+        if isinstance(student, VMoE):
+            _check_tokens(teacher, student)
+            self._check_capacity(student)
+
+    @property
+    def student_depths(self) -> list[int]:
+        """Blocks per student module."""
+        return self._student.depths
 
     @property
     def num_modules(self) -> int:
@@ -120,25 +126,21 @@ class Networks:
                     stacklevel=2,
                 )
 
-    def distilled_student(self) -> VMoE:
-        """The student with stitches on both sides of every module boundary, as it is distilled."""
-        args = stitch_args(self.student_depths, self.teacher_dim, stitch=self.recipe.distill.stitch)
-        return self._student(args, self.recipe.distill.schedule.drop_path)
+    def student_modules(self) -> nn.ModuleList:
+        """The student's modules with stitches on both sides of every boundary, as distilled."""
+        return self._student.modules()
 
-    def student(self, assembly: Assembly | None = None) -> VMoE:
+    def student(self, assembly: Assembly | None = None) -> VMoE | NAC:
         """The student as it is trained end to end, with the stitches that `assembly` leaves."""
-        return self._student(self.assembled_args(assembly), self.recipe.end_to_end.drop_path)
+        args = self._assembled_args(assembly)
+        return self._seeded_student(args, self.recipe.end_to_end.drop_path)
 
-    def assembled_args(self, assembly: Assembly | None) -> dict[str, Any]:
-        """`VMoE` arguments of the assembled student; none without an assembly."""
-        if assembly is None:
-            return {}
-        return stitch_args(
-            self.student_depths,
-            self.teacher_dim,
-            stitch=self.recipe.distill.stitch,
-            assembly=assembly,
-        )
+    def assemble(self, student: VMoE | NAC, weights: Sequence[ModuleWeights]) -> AssemblyReport:
+        """Copies trained modules into a student built for the recipe's assembly."""
+        return self._student.assemble(student, weights, self.recipe.distill.assembly)
+
+    def _assembled_args(self, assembly: Assembly | None) -> dict[str, Any]:
+        return {} if assembly is None else self._student.assembled_args(assembly)
 
     def card(self, kind: str, assembly: Assembly | None = None) -> ModelCard:
         """What rebuilds a network of this run: kind `meta`, `teacher` or `student`."""
@@ -152,7 +154,7 @@ class Networks:
         if kind == "meta":
             args["depth"] = self.num_modules
         if kind == "student":
-            args |= self.assembled_args(assembly)
+            args |= self._assembled_args(assembly)
         return ModelCard(
             model=section.model,
             model_args=args,
@@ -164,21 +166,21 @@ class Networks:
             **self._shape,
         )
 
-    def _student(self, extra: dict[str, Any], drop_path: float) -> VMoE:
+    def _seeded_student(self, extra: dict[str, Any], drop_path: float) -> VMoE | NAC:
         self._seed("student")
         return self._create_student(extra, drop_path)
 
-    def _create_student(self, extra: dict[str, Any], drop_path: float = 0.0) -> VMoE:
+    def _create_student(self, extra: dict[str, Any], drop_path: float = 0.0) -> VMoE | NAC:
         section = self.recipe.student
-        student = create_vit(
+        student = create_network(
             section.model, {**section.model_args, **extra}, drop_path=drop_path, **self._shape
         )
-        if not isinstance(student, VMoE):
+        if not isinstance(student, (VMoE, NAC)):
+            known = timm.list_models("vmoe_*") + timm.list_models("nac_*")
             raise ConfigError(
-                f"student.model {section.model} is not modular; take one of "
-                f"{', '.join(timm.list_models('vmoe_*'))}"
+                f"student.model {section.model} is not modular; take one of {', '.join(known)}"
             )
-        if section.upcycle_from is not None:
+        if section.upcycle_from is not None and isinstance(student, VMoE):
             upcycle_from(student, section.upcycle_from)
         return student
 
@@ -218,3 +220,11 @@ def _check_tokens(teacher: VisionTransformer, student: VisionTransformer) -> Non
             "{}+{} (patches + prefix tokens) and the student {}+{}; give both the same patch_size "
             "and class_token".format(*tokens(teacher), *tokens(student))
         )
+
+
+def _number_of_modules(recipe: Recipe, student: VMoE | NAC) -> int | None:
+    """What the recipe says of L in any place; None where it says nothing."""
+    for depths in (recipe.teacher.depths, recipe.student.depths):
+        if isinstance(depths, list):
+            return len(depths)
+    return student.depth + 2 if isinstance(student, NAC) else None

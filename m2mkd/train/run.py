@@ -11,7 +11,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m2mkd.distill import (
@@ -23,7 +22,7 @@ from m2mkd.distill import (
     pair_name,
 )
 from m2mkd.errors import CheckpointError, ConfigError
-from m2mkd.models import split_vit
+from m2mkd.models import NAC, split_vit
 from m2mkd.models.checkpoint import (
     ModelCard,
     load_model,
@@ -35,6 +34,7 @@ from m2mkd.models.checkpoint import (
     write_checkpoint,
     write_text,
 )
+from m2mkd.nn.circuit_statistics import circuit_statistics
 from m2mkd.recipe import Recipe
 from m2mkd.train.data import ImageData
 from m2mkd.train.evaluate import Evaluation, evaluate_model
@@ -167,7 +167,7 @@ class Run:
         """Assembles the student from its trained modules and trains it on labels."""
         assembly = self.recipe.distill.assembly
         student = self.networks.student(assembly)
-        report = assemble(student, self.networks.student_depths, self._pair_weights(), assembly)
+        report = self.networks.assemble(student, self._pair_weights())
         self._record_start("end_to_end", student, asdict(report))
         self._supervise("end_to_end", student, self.networks.card("student", assembly))
 
@@ -195,8 +195,7 @@ class Run:
 
     def pair_modules(self) -> list[nn.Module]:
         """The distilled student modules, with their stitches, on the run's device."""
-        student = self.networks.distilled_student()
-        stages = split_vit(student, self.networks.student_depths)
+        stages = self.networks.student_modules()
         for stage, weights in zip(stages, self._pair_weights(), strict=True):
             stage.load_state_dict(weights)
         return list(stages.to(self.device).eval())
@@ -209,7 +208,7 @@ class Run:
         self._fit("incubation", task, self.out / "incubation")
 
     def _fit_pairs(self, indices: list[int], folder: Path) -> None:
-        student = split_vit(self.networks.distilled_student(), self.networks.student_depths)
+        student = self.networks.student_modules()
         teacher = split_vit(self.load("teacher"), self.networks.teacher_depths)
         distill = self.recipe.distill
         settings = PairLossSettings(
@@ -264,17 +263,24 @@ class Run:
         folders = stage_folders(self.out, plan, self.networks.num_modules)
         return [*folders, self.out / "distill" / "joint"] if plan.stage == "distill" else folders
 
-    def _supervise(self, name: str, model: VisionTransformer, card: ModelCard) -> None:
+    def _supervise(self, name: str, model: nn.Module, card: ModelCard) -> None:
         self._fit_network(name, SupervisedTask(model), model, card)
 
-    def _fit_network(self, name: str, task: Any, model: VisionTransformer, card: ModelCard) -> None:
+    def _fit_network(self, name: str, task: Any, model: nn.Module, card: ModelCard) -> None:
         self._fit(
             name,
             task,
             self.out / name,
-            evaluate=lambda: asdict(self.evaluate(model)),
+            evaluate=lambda: self._grade(model),
             meta={"card": asdict(card)},
         )
+
+    def _grade(self, model: nn.Module) -> dict[str, Any]:
+        """What is known of a network after an epoch: its accuracy, and a NAC's circuit."""
+        numbers: dict[str, Any] = asdict(self.evaluate(model))
+        if isinstance(model, NAC):
+            numbers["circuit"] = circuit_statistics(model.circuit(0))
+        return numbers
 
     def _fit(
         self,
@@ -282,7 +288,7 @@ class Run:
         task: Any,
         folder: Path,
         *,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Callable[[], dict[str, Any]] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
         plan = self.plan[name]
@@ -314,7 +320,7 @@ class Run:
         """Grades a network on the validation images."""
         return evaluate_model(model, self.data.validation_batches(), self.device)
 
-    def _store(self, name: str, model: VisionTransformer, card: ModelCard) -> None:
+    def _store(self, name: str, model: nn.Module, card: ModelCard) -> None:
         """Keeps a network that needs no training as a complete stage."""
         plan = self.plan[name]
         meta = {"card": asdict(card), "stage": name, "digest": plan.digest}
@@ -322,7 +328,7 @@ class Run:
         done = {"digest": plan.digest, "steps": 0}
         write_text(self.out / name / "DONE", json.dumps(done, indent=1))
 
-    def _record_start(self, name: str, model: VisionTransformer, facts: dict[str, Any]) -> None:
+    def _record_start(self, name: str, model: nn.Module, facts: dict[str, Any]) -> None:
         """Measures an assembled network before it is trained end to end, once."""
         path = self.out / name / "assembly.json"
         digest = self.plan[name].digest

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from m2mkd.distill import run_hybrid
-from m2mkd.models import split_vit
+from m2mkd.models import NAC, split_vit
 from m2mkd.models.checkpoint import read_json, write_failure, write_text
+from m2mkd.train.circuit_pictures import plot_circuit, plot_circuit_history
 from m2mkd.train.evaluate import evaluate_model
+from m2mkd.train.loop import read_metrics
 from m2mkd.train.report import grade_run, write_report
 
 if TYPE_CHECKING:
@@ -54,9 +56,20 @@ def summarise(run: "Run") -> dict[str, Any]:
         run.reporter.message(f"{run.data.bad_images} unreadable images were left out")
     write_text(run.out / "summary.json", json.dumps(summary, indent=1))
     _write_samples(run)
+    _draw_circuits(run)
     grade_run(run.out, run.data, run.device)
     write_report([run.out], run.out / "report.html")
     return summary
+
+
+def _draw_circuits(run: "Run") -> None:
+    """A NAC's circuit as it was learned, and how it became so."""
+    student = run.load("end_to_end")
+    if not isinstance(student, NAC):
+        return
+    folder = run.out / "end_to_end"
+    plot_circuit(student.circuit(0), folder / "circuit.png", f"{run.recipe.name}: learned circuit")
+    plot_circuit_history(read_metrics(folder), folder / "circuit-history.png")
 
 
 def _top1(run: "Run", name: str) -> float:
