@@ -4,6 +4,7 @@ Subcommands are named here with their help lines and imported only when used, so
 and `m2mkd predict` do not wait for PyTorch.
 """
 
+import keyword
 import traceback
 from importlib import import_module
 
@@ -12,11 +13,12 @@ import click
 import m2mkd
 from m2mkd.errors import M2MKDError, did_you_mean
 
-# name -> (module holding a click command of that name, help line)
+# name -> (module holding a click command of that name (`import_` for import), help line)
 _COMMANDS = {
     "train": ("m2mkd.cli.train", "Train a modular student from a recipe."),
     "evaluate": ("m2mkd.cli.evaluate", "Measure a run's or ONNX file's accuracy."),
     "report": ("m2mkd.cli.report", "Write one HTML page about a run or several seeds."),
+    "import": ("m2mkd.cli.import_", "Convert a published checkpoint to a run."),
     "export": ("m2mkd.cli.export", "Write a run's student as a verified ONNX file."),
     "predict": ("m2mkd.cli.predict", "Classify images with an exported ONNX file."),
     "recipes": ("m2mkd.cli.recipes", "List and show the built-in recipes."),
@@ -62,7 +64,8 @@ class LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, _ = _COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(module), cmd_name)
+        name = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command: click.Command = getattr(import_module(module), name)
         if not any(parameter.name == "verbose" for parameter in command.params):
             command.params.append(_verbose_option())
         return command

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd.errors import ConfigError
-from m2mkd.recipe import DataConfig, load_recipe
+from m2mkd.recipe import DataConfig, load_data
 
 _RECIPE = "recipe.yaml"
 _MAX_DEPTH = 3  # a step folder in a baseline's folder in a run
@@ -22,7 +22,7 @@ def run_data(run: Path) -> DataConfig:
     Raises:
         ConfigError: The recipe cannot be read.
     """
-    return load_recipe(str(run / _RECIPE)).data
+    return load_data(run / _RECIPE)
 
 
 def with_root(data: DataConfig, root: Path | None) -> DataConfig:

@@ -278,6 +278,41 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return validate(values, source=name_or_path)
 
 
+def load_data(path: Path) -> DataConfig:
+    """Reads the data section of a run's recipe; imported networks come with no more than that.
+
+    Raises:
+        ConfigError: Unreadable, or a data section that cannot work.
+    """
+    values = _parse_yaml(_recipe_text(str(path)), str(path))
+    return make_data(values if isinstance(values, dict) else {}, source=str(path))
+
+
+def make_data(
+    values: dict[str, Any], *, source: str, overrides: tuple[str, ...] = ()
+) -> DataConfig:
+    """Validates the `data` section of plain values; `source` is named in the error.
+
+    Args:
+        values: A recipe, of which nothing else is read; overrides are applied to it in place.
+        source: What to call it in errors.
+        overrides: As for `load_recipe`; they may name nothing but `data.*`.
+
+    Raises:
+        ConfigError: An unknown key or value.
+    """
+    for override in overrides:
+        if not override.startswith("data."):
+            raise ConfigError(f"--set {override} is not of the form data.key=value")
+        _apply_override(values, override)
+    try:
+        return DataConfig.model_validate(values.get("data"))
+    except ValidationError as error:
+        items = [{**item, "loc": ("data", *item["loc"])} for item in error.errors()]
+        lines = "; ".join(_describe(item) for item in items)
+        raise ConfigError(f"recipe {source}: {lines}") from None
+
+
 def validate(values: dict[str, Any], *, source: str) -> Recipe:
     """Turns plain values into a `Recipe`; `source` is named in the error."""
     try:

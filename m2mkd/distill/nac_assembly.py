@@ -4,18 +4,15 @@ Codes, signatures, seeder and bandwidths had no part in the pairs and keep their
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from m2mkd.distill.assembly import AssemblyReport, ModuleWeights
-from m2mkd.errors import CheckpointError, ConfigError
+from m2mkd.errors import CheckpointError
 from m2mkd.models import NAC
-
-GridChoice = Literal["keep", "resize", "reset"]
-PoolingChoice = Literal["keep", "reset"]
+from m2mkd.models.adapt import ClassifierChoice, GridChoice, check_choice, resize_grid
 
 _GRID = "tokenizer.grid"
 # The code and states that a pair was taught under belong to the pair.
@@ -29,7 +26,7 @@ def assemble_nac(
     modules: Sequence[ModuleWeights],
     *,
     grid: GridChoice = "keep",
-    pooling: PoolingChoice = "keep",
+    pooling: ClassifierChoice = "keep",
 ) -> AssemblyReport:
     """Copies the weights of separately trained modules into a NAC.
 
@@ -51,8 +48,8 @@ def assemble_nac(
         CheckpointError: A tensor with no place in the NAC, or of another shape.
         ConfigError: An unknown choice.
     """
-    _check_choice("grid", grid, ("keep", "resize", "reset"))
-    _check_choice("pooling", pooling, ("keep", "reset"))
+    check_choice("grid", grid, get_args(GridChoice))
+    check_choice("pooling", pooling, get_args(ClassifierChoice))
     if len(modules) != nac.depth + 2:
         raise CheckpointError(f"{len(modules)} trained modules for {nac.depth + 2} modules")
     own = nac.state_dict()
@@ -69,19 +66,13 @@ def assemble_nac(
                 continue
             tensor = weights[name]
             if place == _GRID and grid == "resize":
-                tensor = resize_grid(tensor, own[_GRID].shape[1:])
+                tensor = resize_grid(tensor, (own[_GRID].shape[1], own[_GRID].shape[2]))
             _check_place(f"module {i}: {name}", tensor, own.get(place))
             moved[place] = tensor
         report.transferred.append(sum(place in moved for place in places.values()))
     nac.load_state_dict({**own, **moved})
     report.untouched = [name for name in own if name not in moved]
     return report
-
-
-def resize_grid(grid_GHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Positions [G, H, W] for another number of places, interpolated between their neighbours."""
-    resized: Tensor = F.interpolate(grid_GHW[None], tuple(size), mode="bicubic", antialias=True)[0]
-    return resized
 
 
 def _place(nac: NAC, module: int, name: str) -> str | None:
@@ -107,8 +98,3 @@ def _check_place(what: str, tensor: Tensor, own: Tensor | None) -> None:
     elif "pooling." in what or "read_out.head" in what:
         hint = "; other classes need pooling 'reset'"
     raise CheckpointError(f"{what} has shape {list(tensor.shape)}, not {list(own.shape)}{hint}")
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"assembly: {name}={value!r} is none of {', '.join(known)}")

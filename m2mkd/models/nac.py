@@ -388,6 +388,7 @@ def _cfg(size: int, channels: int, num_classes: int) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "nac.untrained": _cfg(64, 3, 200),
         "nac_tiny_imagenet.untrained": _cfg(64, 3, 200),
         "nac_imagenet.untrained": _cfg(224, 3, 1000),
         "nac_digits.untrained": _cfg(8, 1, 10),
@@ -396,6 +397,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 _BARABASI = "barabasi_albert"
+
+
+@register_model
+def nac(pretrained: bool = False, **kwargs: Any) -> NAC:
+    """A NAC of any sizes; those of `NACOptions` where none are given, and random signatures."""
+    return _create("nac", pretrained, {}, kwargs)
 
 
 @register_model

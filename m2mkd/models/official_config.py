@@ -23,6 +23,21 @@ _PRESETS = {
 _OTHER_PRESET = (3, 3, 27)
 _STEM = 4
 _FC_KINDS = {"ModFC": "modfc", "WModFC": "wmodfc", "FC": "fc"}
+# Published graph preset -> our prior, and how its options are called here.
+_PRIORS: dict[str, tuple[str, dict[str, str]]] = {
+    "watts-strogatz": ("watts_strogatz", {"k": "k", "p": "p"}),
+    "planted-partition": (
+        "planted_partition",
+        {"l": "num_clusters", "p_in": "p_in", "p_out": "p_out"},
+    ),
+    "erdos-renyi": ("erdos_renyi", {"p": "p"}),
+    "barabasi-albert": ("barabasi_albert", {"m": "m"}),
+    "ring-of-cliques": ("ring_of_cliques", {"num_cliques": "num_cliques"}),
+    "balanced-tree": ("balanced_tree", {"r": "branching"}),
+    "barbell": ("barbell", {}),
+    "hypercube": ("hypercube", {}),
+    "complete": ("complete", {}),
+}
 _SAMPLING = {"no_sample": "none", "sample": "relaxed_bernoulli", "threshold": "threshold"}
 
 
@@ -43,13 +58,13 @@ class Section:
             raise ConfigError(f"{where} is {values!r}, not a mapping of keys to values")
         self.where = where
         self._own = set(values or {})
-        self._values = {**(defaults or {}), **(values or {})}
+        self.values: dict[str, Any] = {**(defaults or {}), **(values or {})}
         self._read: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value of a key."""
         self._read.add(name)
-        return self._values.get(name, default)
+        return self.values.get(name, default)
 
     def need(self, name: str) -> Any:
         """The value of a key that has no default.
@@ -58,9 +73,9 @@ class Section:
             ConfigError: It is missing.
         """
         self._read.add(name)
-        if name not in self._values:
+        if name not in self.values:
             raise ConfigError(f"{self.where} lacks '{name}'")
-        return self._values[name]
+        return self.values[name]
 
     def sub(self, name: str, defaults: Config | None = None) -> "Section":
         """The mapping under a key."""
@@ -318,3 +333,24 @@ def pooling_options(kind: str, section: Section) -> dict[str, Any]:
     }
     section.done()
     return {"pooling": "confidence", "pooling_args": args}
+
+
+def prior_options(section: Section) -> dict[str, Any]:
+    """`prior` and `prior_args` of mediator_latent_kwargs, for models that start afresh.
+
+    Raises:
+        ConfigError: A graph preset that we do not have.
+    """
+    preset = section.take("graph_preset")
+    options = section.take("graph_generator_kwargs") or {}
+    if preset is None:
+        return {"prior": "none"}
+    if preset == "grid-graph":
+        args = {"rows": options["dim"][0], "periodic": options.get("periodic", False)}
+        return {"prior": "grid", "prior_args": args}
+    if preset not in _PRIORS:
+        hint = did_you_mean(str(preset), _PRIORS)
+        raise ConfigError(f"{section.where}.graph_preset={preset!r} is not known{hint}")
+    name, names = _PRIORS[preset]
+    args = {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+    return {"prior": name, "prior_args": args}

@@ -18,6 +18,7 @@ from m2mkd.models.official_config import (
     Section,
     block,
     pooling_options,
+    prior_options,
     read_in_block,
     student_tokenizer_options,
     tokenizer_options,
@@ -30,6 +31,9 @@ from m2mkd.nn import (
     ReadIn,
     ReadOut,
 )
+
+# The first of the kept stitches; its rows are their width.
+STITCH = "latent_graphs.0.stitch_pairs.0.0.weight"
 
 Config = Mapping[str, Any]
 Loaded = tuple[nn.Module, dict[str, str]]
@@ -92,11 +96,12 @@ _LATENT_SOURCES = (
 )
 
 
-def nac_arguments(config: Config) -> dict[str, Any]:
+def nac_arguments(config: Config, *, with_prior: bool = False) -> dict[str, Any]:
     """Arguments of `NAC` that describe the network of a published config.
 
     Args:
         config: `model.kwargs` of a published YAML file, or all of such a file.
+        with_prior: Whether to ask for first signatures too, which a checkpoint would replace.
 
     Raises:
         ConfigError: A key or value that asks for something this package does not have.
@@ -110,6 +115,7 @@ def nac_arguments(config: Config) -> dict[str, Any]:
         top.take("output_tokenizer_type", "FirstSlotAsLogits"), top.sub("output_tokenizer_kwargs")
     )
     graph = top.sub("latent_graph_kwargs", {"state_dim": state_dim})
+    prior = prior_options(graph.sub("mediator_latent_kwargs")) if with_prior else {}
     return {
         "img_size": tokenizer["img_size"],
         "in_chans": top.need("input_dim"),
@@ -118,6 +124,7 @@ def nac_arguments(config: Config) -> dict[str, Any]:
         "tokenizer_dims": tokenizer["dims"],
         "patch_size": tokenizer["patch_size"],
         "grid_dim": tokenizer["grid_dim"],
+        **prior,
         **pooling,
         **_graph_arguments(graph, pooling["pooling"]),
     }
@@ -233,7 +240,7 @@ def load_nac(tensors: dict[str, Tensor], config: Config) -> Loaded:
     names = {name: rename(name, _NAC_NAMES + _SHARED_NAMES) for name in tensors}
     if arguments["share_propagators"]:
         _merge_propagators(tensors, names)
-    stitch = tensors.get("latent_graphs.0.stitch_pairs.0.0.weight")
+    stitch = tensors.get(STITCH)
     if stitch is not None:
         arguments["stitch_dim"] = stitch.shape[0]
     return NAC(**arguments), names
@@ -259,28 +266,28 @@ def _merge_propagators(tensors: dict[str, Tensor], names: dict[str, str]) -> Non
 
 def load_read_in(tensors: dict[str, Tensor], config: Config) -> Loaded:
     """A published ReadInStudent."""
-    section = Section("config", config, _STUDENT_DEFAULTS)
+    section = _student_section(config, "readin")
     section.only("read_in_cls", "AttentiveReadIn")
     options = block_options({**read_in_block(section), "code_noise": 0.0})
     tokenizer = ConvNeXtTokenizer(
         in_chans=section.need("input_dim"), **student_tokenizer_options(section, options.state_dim)
     )
     read_in = ReadIn(tokenizer.width, options)
-    return _with_latents(ReadInStage(tokenizer, read_in, section.need("stitch_dim")), tensors)
+    return _with_latents(ReadInStage(tokenizer, read_in, _stitch_dim(section, tensors)), tensors)
 
 
 def load_mediator(tensors: dict[str, Tensor], config: Config) -> Loaded:
     """A published MediatorStudent."""
-    section = Section("config", config, _STUDENT_DEFAULTS)
+    section = _student_section(config, "mediator")
     options, _ = block(section, residual=True, circuit=False)
     propagator = Propagator(block_options({**options, "code_noise": 0.0}))
     names = ((r"^(latent_attention|ffn)\.", r"propagator.\1."),)
-    return _with_latents(MediatorStage(propagator, section.need("stitch_dim")), tensors, names)
+    return _with_latents(MediatorStage(propagator, _stitch_dim(section, tensors)), tensors, names)
 
 
 def load_read_out(tensors: dict[str, Tensor], config: Config) -> Loaded:
     """A published ReadOutStudent."""
-    section = Section("config", config, _STUDENT_DEFAULTS)
+    section = _student_section(config, "readout")
     values, _ = block(section, residual=False, circuit=False)
     options = block_options({**values, "code_noise": 0.0})
     num_classes = section.need("output_dim")
@@ -296,7 +303,31 @@ def load_read_out(tensors: dict[str, Tensor], config: Config) -> Loaded:
     if pooling["pooling"] == "confidence":
         last = ConfidencePooling(options.state_dim, num_classes, **pooling["pooling_args"])
     names = ((r"^(latent_attention|ffn|head)\.", r"read_out.\1."), (r"^tokenizer\.", "pooling."))
-    return _with_latents(ReadOutStage(read_out, last, section.need("stitch_dim")), tensors, names)
+    return _with_latents(
+        ReadOutStage(read_out, last, _stitch_dim(section, tensors)), tensors, names
+    )
+
+
+def _student_section(config: Config, part: str) -> Section:
+    """A student's own keys; published files have shared ones and a mapping for each part."""
+    if "share_kwargs" in config:
+        file = Section("config", config)
+        config = {**file.sub("share_kwargs").values, **file.sub(part).values}
+    return Section("config", config, _STUDENT_DEFAULTS)
+
+
+def _stitch_dim(section: Section, tensors: dict[str, Tensor]) -> int:
+    """The teacher's width: published files leave it to the command line, so the tensors say it."""
+    width: int
+    if section.take("stitch_dim") is not None:
+        width = section.take("stitch_dim")
+    elif "pre_stitch.weight" in tensors:
+        width = tensors["pre_stitch.weight"].shape[1]
+    elif "post_stitch.weight" in tensors:
+        width = tensors["post_stitch.weight"].shape[0]
+    else:
+        raise CheckpointError("the checkpoint has no stitches, so it is not a student module")
+    return width
 
 
 def _with_latents(

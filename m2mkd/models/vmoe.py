@@ -213,6 +213,7 @@ default_cfgs = generate_default_cfgs(
             "vmoe_base_patch32_224",
             "vmoe_large_patch16_224",
             "vmoe_huge_patch14_224",
+            "vit_incubated",
         )
     }
 )
@@ -267,3 +268,20 @@ def vmoe_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VMoE:
 def vmoe_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> VMoE:
     """ViT-Huge width (1280), all 32 blocks with 8 experts."""
     return _create("vmoe_huge_patch14_224", pretrained, _sizes(14, 1280, 32, 16), kwargs)
+
+
+@register_model
+def vit_incubated(
+    pretrained: bool = False, norm_eps: float = 1e-6, **kwargs: Any
+) -> VisionTransformer:
+    """Deep Incubation's ViT: timm's, with the eps of its norms as an option (1e-5 in ViT-H)."""
+    if pretrained:
+        raise ConfigError("vit_incubated has no weights here; `m2mkd import` a published one")
+    model: VisionTransformer = build_model_with_cfg(
+        VisionTransformer,
+        "vit_incubated",
+        pretrained,
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        **kwargs,
+    )
+    return model

@@ -13,7 +13,17 @@ from m2mkd.cli import main as group
 from m2mkd.cli.main import main
 from m2mkd.errors import ConfigError
 
-COMMANDS = ["train", "evaluate", "report", "export", "predict", "recipes", "info"]
+COMMANDS = [
+    "train",
+    "evaluate",
+    "report",
+    "import",
+    "import",
+    "export",
+    "predict",
+    "recipes",
+    "info",
+]
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "pydantic", "numpy", "rich")
 
 
