@@ -18,7 +18,6 @@ COMMANDS = [
     "evaluate",
     "report",
     "import",
-    "import",
     "export",
     "predict",
     "recipes",
