@@ -212,6 +212,7 @@ class LogitKDConfig(_Section):
     temperature: float = Field(1.0, gt=0.0, description="softens both distributions")
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Baseline = Literal["end_to_end_only", "equal_updates", "logit_kd"]
 
 
@@ -222,6 +223,9 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, description="of weights, data order, augmentation and noise")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of training")
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
+    tracking: tuple[Tracker, ...] = Field(
+        (), description="experiment trackers that also get the numbers, through accelerate"
+    )
     checkpoint_every: Positive | None = Field(
         None, description="optimiser steps between checkpoints; default: once an epoch"
     )

@@ -50,7 +50,7 @@ _NO_DECAY = (
 
 @dataclass
 class Context:
-    """What all stages of a run share."""
+    """What all stages of a run share; `track` gets every line of metrics.jsonl."""
 
     accelerator: Accelerator
     data: ImageData
@@ -58,6 +58,7 @@ class Context:
     seed: int
     reporter: Reporter
     checkpoint_every: int | None = None
+    track: Callable[[dict[str, Any]], None] = lambda line: None
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -276,6 +277,7 @@ class _Trainer:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise write_failure(self.metrics, error) from error
+        self.context.track(line)
 
     def _save(self) -> None:
         accuracy = self.latest.get("validation", {}).get("top1")

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -28,6 +29,7 @@ class Reporter:
         self._name = ""
         self._total = 0
         self._last_line = 0.0
+        self._began = (0.0, 0)
 
     def __enter__(self) -> "Reporter":
         if self._console.is_terminal:
@@ -50,6 +52,7 @@ class Reporter:
     def start(self, name: str, total: int, done: int = 0) -> None:
         """Begins a stage of `total` optimiser steps, `done` of which were done earlier."""
         self._name, self._total, self._last_line = name, total, time.monotonic()
+        self._began = (self._last_line, done)
         self._task = self._bar.add_task(name, total=total, completed=done, note="")
 
     def step(self, done: int, *, loss: float, lr: float, images_per_second: float) -> None:
@@ -61,10 +64,16 @@ class Reporter:
         is_due = now - self._last_line >= _PLAIN_INTERVAL
         if is_due and not self._console.is_terminal:
             self._last_line = now
-            self.message(f"{self._name}: step {done}/{self._total}  {note}")
+            left = remaining(now - self._began[0], done - self._began[1], self._total - done)
+            self.message(f"{self._name}: step {done}/{self._total}  {note}  {left} left")
 
     def finish(self) -> None:
         """Removes the current stage's bar."""
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
+
+
+def remaining(seconds: float, done: int, left: int) -> str:
+    """Estimates the time that `left` steps take after `done` took `seconds`, as H:MM:SS."""
+    return str(timedelta(seconds=round(seconds / max(1, done) * left)))

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from m2mkd.train.loop import Context, Job, check_schedule, fit, read_done, read_
 from m2mkd.train.networks import Networks, versions
 from m2mkd.train.plan import STAGES, Facts, StagePlan, plan_run, stage_folders
 from m2mkd.train.progress import Reporter
+from m2mkd.train.tracking import Tracking, check_trackers
 
 
 class Run:
@@ -67,6 +68,7 @@ class Run:
         for plan in self.plan.values():
             if plan.schedule is not None:
                 check_schedule(plan.schedule, plan.setting)
+        check_trackers(recipe.tracking)
         self.device: torch.device = _make_accelerator(recipe).device
 
     def _facts(self) -> Facts:
@@ -314,7 +316,8 @@ class Run:
             reporter=self.reporter,
             checkpoint_every=self.recipe.checkpoint_every,
         )
-        fit(job, context)
+        with Tracking(self.recipe, self.out, job.name) as tracking:
+            fit(job, replace(context, track=tracking.log))
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Grades a network on the validation images."""
