@@ -127,10 +127,12 @@ def _dense(
     q: Tensor, k: Tensor, v: Tensor, circuit: Circuit, bias: Tensor | None, scale: float
 ) -> Tensor:
     """SDPA with -inf wherever there is no edge; dead rows are kept from turning into NaN."""
+    wide = compute_dtype(q.dtype)
+    bias = q.new_zeros(circuit.num_edges, dtype=wide) if bias is None else bias.to(wide)
+    if q.numel() == 0 or k.shape[2] == 0:
+        # torch's attention has no gradient for an empty mask.
+        return torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum() + bias.sum()).to(q.dtype)
     receiver, sender = circuit.receiver_of_edge.long(), circuit.sender.long()
-    if bias is None:
-        bias = q.new_zeros(circuit.num_edges, dtype=compute_dtype(q.dtype))
-    bias = bias.to(compute_dtype(q.dtype))
     mask = bias.new_full((*bias.shape[:-1], q.shape[2], k.shape[2]), -torch.inf)
     if bias.dim() == 2:
         example = torch.arange(bias.shape[0], device=q.device)[:, None]
@@ -140,8 +142,6 @@ def _dense(
     if q.is_cuda:
         # torch's fused kernels refuse a bias in another dtype, or (cuDNN's) misread it.
         mask = mask.to(q.dtype)
-    if k.shape[2] == 0:
-        return torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum() + bias.sum())
     dead = mask.detach().amax(dim=3, keepdim=True) == -torch.inf
     mask = mask.masked_fill(dead, 0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
