@@ -19,6 +19,7 @@ _COMMANDS = {
     "evaluate": ("m2mkd.cli.evaluate", "Measure a run's or ONNX file's accuracy."),
     "report": ("m2mkd.cli.report", "Write one HTML page about a run or several seeds."),
     "import": ("m2mkd.cli.import_", "Convert a published checkpoint to a run."),
+    "prune": ("m2mkd.cli.prune", "Remove mediators from the NAC of a run."),
     "export": ("m2mkd.cli.export", "Write a run's student as a verified ONNX file."),
     "predict": ("m2mkd.cli.predict", "Classify images with an exported ONNX file."),
     "recipes": ("m2mkd.cli.recipes", "List and show the built-in recipes."),

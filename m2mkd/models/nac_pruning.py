@@ -17,28 +17,23 @@ from m2mkd.models.nac import NAC
 
 @torch.no_grad()
 def mediator_traffic(model: NAC) -> Tensor:
-    """How much of what the output latents hear is expected to come through each mediator.
+    """How much attention each mediator may expect from others, over all layers.
 
     Affinities, normalised over a receiver's senders, say how a receiver divides its attention
-    before it has seen a state. So the read-out's attention is followed backwards: what an output
-    hears from a mediator after the last layer, that mediator has heard, half from itself (its
-    residual connection), half from its senders; and so on to the first layer. The traffic of a
-    mediator is the sum of its shares over all layers.
+    before it has seen a state. A mediator's traffic is its share in that of every receiver of
+    every layer, the read-out included and itself left out: its expected degree.
 
     Args:
         model: A NAC; only signatures and bandwidths matter.
 
     Returns:
-        Traffic, [M], float32, not negative; at most depth + 1 in all.
+        Traffic, [M], float32, not negative.
     """
-    affinity_UV = _affinities(model, model.depth)
     num = model.mediator_latents.num_latents
-    share_M = affinity_UV.mean(dim=0)[-num:]
-    traffic_M = share_M.clone()
-    for layer in reversed(range(model.depth)):
-        heard_M = (share_M @ _affinities(model, layer))[-num:]
-        share_M = (share_M + heard_M) / 2
-        traffic_M += share_M
+    traffic_M = _affinities(model, model.depth)[:, -num:].sum(dim=0)
+    for layer in range(model.depth):
+        affinity_MM = _affinities(model, layer)[:, -num:]
+        traffic_M += affinity_MM.sum(dim=0) - affinity_MM.diagonal()
     return traffic_M
 
 

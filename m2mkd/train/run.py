@@ -69,7 +69,7 @@ class Run:
             if plan.schedule is not None:
                 check_schedule(plan.schedule, plan.setting)
         check_trackers(recipe.tracking)
-        self.device: torch.device = _make_accelerator(recipe).device
+        self.device: torch.device = make_accelerator(recipe).device
 
     def _facts(self) -> Facts:
         file = self.recipe.teacher.checkpoint
@@ -309,7 +309,7 @@ class Run:
         )
         context = Context(
             # A new one for every job: accelerate keeps optimisers and loss scale of earlier ones.
-            accelerator=_make_accelerator(self.recipe),
+            accelerator=make_accelerator(self.recipe),
             data=self.data,
             augment=self.recipe.data.augment,
             seed=self.recipe.seed,
@@ -420,7 +420,12 @@ def _require_earlier(run: Run, stage: str) -> None:
             )
 
 
-def _make_accelerator(recipe: Recipe) -> Accelerator:
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """What places and scales the training of one job; of one process, in the recipe's precision.
+
+    Raises:
+        ConfigError: A precision the device cannot do, or several processes.
+    """
     # accelerate keeps the first precision of a process; a second run may ask for another.
     AcceleratorState._reset_state(reset_partial_state=False)
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.precision]

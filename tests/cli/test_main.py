@@ -18,6 +18,7 @@ COMMANDS = [
     "evaluate",
     "report",
     "import",
+    "prune",
     "export",
     "predict",
     "recipes",

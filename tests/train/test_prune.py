@@ -1,0 +1,108 @@
+"""Pruning the NAC of a run: what is measured, what is chosen and what is written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2mkd.errors import CheckpointError, ConfigError
+from m2mkd.models.checkpoint import load_model
+from m2mkd.models.nac_pruning import keep_mediators, mediator_traffic
+from m2mkd.train import prune
+from m2mkd.train.progress import Reporter
+from m2mkd.train.prune import Point, choose, count_flops, prune_run
+
+sys.path.insert(0, str(Path(__file__).parent))
+from nac_runs import write_nac_run
+
+
+@pytest.fixture(autouse=True)
+def short_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune, "_SECONDS", 1e-4)
+    monkeypatch.setattr(prune, "_ROUNDS", 1)
+    monkeypatch.setattr(prune, "_FRACTIONS", (1, 1 / 8, 1 / 32))
+
+
+def points(*pairs: tuple[int, float]) -> list[Point]:
+    return [Point(count, top1, 0.0, 1, 1, 1.0, 1.0) for count, top1 in pairs]
+
+
+def test_the_pruned_run_holds_the_mediators_with_the_most_traffic(tmp_path: Path) -> None:
+    model, recipe = write_nac_run(tmp_path / "run")
+    out = tmp_path / "small"
+    result = prune_run(tmp_path / "run", recipe, out, Reporter(quiet=True), mediators=0.25)
+    kept = mediator_traffic(model).topk(6).indices.sort().values
+    assert result["kept"] == kept.tolist() and (result["mediators"], result["of"]) == (6, 24)
+    pruned, checkpoint = load_model(out)
+    assert checkpoint.card.model_args["num_mediators"] == 6
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(pruned(images), keep_mediators(model, kept)(images))
+    assert json.loads((out / "pruning.json").read_text()) == result
+    assert (out / "pruning.png").stat().st_size > 10_000
+    assert (out / "samples" / "00000_0.png").read_bytes() == b"an image"
+
+
+def test_the_curve_runs_from_all_mediators_to_few_and_holds_the_chosen(tmp_path: Path) -> None:
+    _, recipe = write_nac_run(tmp_path / "run")
+    source, out = tmp_path / "run", tmp_path / "small"
+    result = prune_run(source, recipe, out, Reporter(quiet=True), mediators=0.3)
+    counts = [point["mediators"] for point in result["curve"]]
+    assert counts == [24, 7, 3, 1]
+    assert result["full"]["mediators"] == 24 and result["pruned"]["mediators"] == 7
+    flops = [point["circuit_flops"] for point in result["curve"]]
+    assert flops == sorted(flops, reverse=True) and flops[0] > 2 * flops[-1]
+    assert all(point["circuit_ms"] > 0 < point["circuit_ms_per_image"] for point in result["curve"])
+
+
+def test_operations_are_those_of_the_matrix_products_and_edges(tmp_path: Path) -> None:
+    model, _ = write_nac_run(tmp_path / "run")
+    circuit, total = count_flops(model, torch.randn(1, 1, 8, 8))
+    fewer = keep_mediators(model, range(1, 24))
+    links = [model.circuit(i).num_edges - fewer.circuit(i).num_edges for i in range(3)]
+    # A mediator less: as receiver its query, exit and FFN, as sender keys and values, with 64
+    # channels everywhere, in two propagators; its keys and values in the read-out; its codes (32)
+    # in all their layers, and its seed.
+    layers = 2 * (2 * 64 * 64 + 3 * 128 * 64 + 2 * 64 * 64) + 2 * 64 * 64
+    codes = 2 * (32 * 64 * 5 + 32 * 128) + 2 * 32 * 64 + 32 * 64
+    assert circuit - count_flops(fewer, torch.randn(1, 1, 8, 8))[0] == (
+        2 * (layers + codes) + 4 * 64 * sum(links)
+    )
+    assert total > circuit
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.0, 6), (0.5, 4), (5.0, 2), (100.0, 1)])
+def test_a_budget_takes_the_fewest_mediators_that_lose_no_more(
+    budget: float, expected: int
+) -> None:
+    curve = points((8, 90.0), (6, 91.0), (4, 89.5), (2, 85.0), (1, 10.0))
+    assert choose(curve, None, budget).mediators == expected
+
+
+def test_fine_tuning_trains_the_pruned_network(tmp_path: Path) -> None:
+    model, recipe = write_nac_run(tmp_path / "run")
+    source, out = tmp_path / "run", tmp_path / "small"
+    result = prune_run(source, recipe, out, Reporter(quiet=True), budget=100.0, finetune=2)
+    assert result["mediators"] == 1 and result["finetuned"]["epochs"] == 2
+    tuned, _ = load_model(out)
+    before = keep_mediators(model, result["kept"])
+    assert not torch.equal(tuned.mediator_latents.codes, before.mediator_latents.codes)
+    assert result["finetuned"]["loss"] < result["pruned"]["loss"]
+
+
+def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    _, recipe = write_nac_run(tmp_path / "run")
+    for wishes, message in (
+        ({}, "give either a share of mediators to keep, or a budget"),
+        ({"mediators": 0.5, "budget": 1.0}, "give either"),
+        ({"mediators": 1.5}, "mediators=1.5 is no share"),
+        ({"budget": -1.0}, "budget=-1.0 is not in 0 to 100"),
+        ({"budget": 1.0, "finetune": -2}, "finetune=-2 epochs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prune_run(tmp_path / "run", recipe, tmp_path / "x", Reporter(quiet=True), **wishes)
+    with pytest.raises(CheckpointError, match="run exists; remove it or choose another folder"):
+        prune_run(tmp_path / "run", recipe, tmp_path / "run", Reporter(quiet=True), budget=1.0)
+    assert not (tmp_path / "x").exists()
