@@ -142,7 +142,7 @@ int launch_circuit_forward(DType dtype, const CircuitForward& a, void* stream) {
         split_rows<T>(pairs, 1, a.receivers, a.senders, a.edges, a.width, packed, kStagedThreads);
     error = with_layout<T>(a.width, packed, split.staged, [&](auto layout) {
       using L = decltype(layout);
-      allow_shared(circuit_forward_kernel<L>, split);
+      allow_shared<L>(circuit_forward_kernel<L>);
       M2MKD_LAUNCH(circuit_forward_kernel<L>, pairs * split.row_blocks, kThreads<L>,
                    split.shared_bytes, stream, a, split.rows, split.row_blocks);
       return int(cudaGetLastError());

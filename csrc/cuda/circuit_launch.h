@@ -41,7 +41,7 @@ constexpr bool kStages = sizeof(T) < 8;
 // it has in L1 or shared memory, as long as it can; where that leaves too few blocks, `pairs` are
 // cut further, into at most `most_parts` parts each.
 //
-// There are at most max(pairs, 2 * blocks wanted) blocks, so their number fits an int.
+// There are at most max(pairs, 3 * blocks wanted) blocks, so their number fits an int.
 template <typename T>
 Split split_rows(int64_t pairs, int most_parts, int all_rows, int others, int64_t edges, int width,
                  bool packed, int staged_threads) {
@@ -68,10 +68,14 @@ Split split_rows(int64_t pairs, int most_parts, int all_rows, int others, int64_
   return split(kDirectBlocks * device.multiprocessors, 1, kDirectThreads / kWarp);
 }
 
-// Must come before a launch with more than the usual 48 KB of shared memory.
-template <typename Kernel>
-void allow_shared(Kernel* kernel, const Split& split) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, split.shared_bytes);
+// Lets a staged kernel have more than the usual 48 KB of shared memory. Always the same number, so
+// that host threads do not get in each other's way between this and their launch.
+template <class L, typename Kernel>
+void allow_shared(Kernel* kernel) {
+  if constexpr (L::kStaged) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         device_limits().shared_bytes);
+  }
 }
 
 // Whether rows of this width in these tensors can be moved in packs.

@@ -163,7 +163,7 @@ int launch_circuit_receivers(DType dtype, const CircuitBackward& a, void* stream
     const Split split = split_receivers<T>(a, a.edge_grad != nullptr, packed);
     error = with_layout<T>(a.width, packed, split.staged, [&](auto layout) {
       using L = decltype(layout);
-      allow_shared(circuit_receivers_kernel<L>, split);
+      allow_shared<L>(circuit_receivers_kernel<L>);
       M2MKD_LAUNCH(circuit_receivers_kernel<L>, a.batch * a.parts * split.row_blocks, kThreads<L>,
                    split.shared_bytes, stream, a, split.rows, split.row_blocks);
       return int(cudaGetLastError());

@@ -104,7 +104,7 @@ int launch_circuit_senders(DType dtype, const CircuitBackward& a, void* stream) 
         split_rows<T>(pairs, 1, a.senders, a.receivers, a.edges, a.width, packed, kStagedThreads);
     error = with_layout<T>(a.width, packed, split.staged, [&](auto layout) {
       using L = decltype(layout);
-      allow_shared(circuit_senders_kernel<L>, split);
+      allow_shared<L>(circuit_senders_kernel<L>);
       M2MKD_LAUNCH(circuit_senders_kernel<L>, pairs * split.row_blocks, kThreads<L>,
                    split.shared_bytes, stream, a, split.rows, split.row_blocks);
       return int(cudaGetLastError());
