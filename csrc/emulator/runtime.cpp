@@ -30,6 +30,11 @@ uint64_t seed() { return machine().seed; }
 
 void set_seed(uint64_t value) { machine().seed = value; }
 
+// For tests in Python.
+extern "C" __attribute__((visibility("default"))) void m2mkd_emulator_set_seed(uint64_t value) {
+  set_seed(value);
+}
+
 bool has_hooks() { return machine().instrumented; }
 
 void run(const Launch& launch) {
