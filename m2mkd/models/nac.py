@@ -7,6 +7,7 @@ latents' signatures; what a latent computes follows from its code.
 Letters: B batch, V tokens, U latents, D state width, S signature width, N edges, C classes.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,7 +180,15 @@ class NAC(nn.Module):
             codes = self.mediator_latents.codes_of(layer)
             senders, sender_codes = self._senders(layer, inputs, mediators)
             edges = self._edges(layer, circuits, batch)
-            mediators = self._run(self.block(layer), mediators, codes, senders, sender_codes, edges)
+            mediators = self._run(
+                self.block(layer),
+                mediators,
+                codes,
+                senders,
+                sender_codes,
+                edges,
+                receivers_send=True,
+            )
             mediators = self._stitch(mediators, layer + 1)
         senders, sender_codes = self._senders(self.depth, inputs, mediators)
         edges = self._edges(self.depth, circuits, batch)
@@ -307,12 +316,13 @@ class NAC(nn.Module):
         stitched: Tensor = self.stitches(states_BUD, pair)
         return stitched
 
-    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+    def _run(self, block: nn.Module, *args: Any, **options: bool) -> Tensor:
         """One block, whose inner tensors are computed again in the backward pass if asked for."""
+        run = partial(block, **options)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            states: Tensor = checkpoint(block, *args, use_reentrant=False)
+            states: Tensor = checkpoint(run, *args, use_reentrant=False)
         else:
-            states = block(*args)
+            states = run(*args)
         return states
 
     # What timm expects of its models.

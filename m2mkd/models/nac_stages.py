@@ -104,7 +104,8 @@ class MediatorStage(_Stage):
     def forward(self, tokens_BTM: Tensor) -> Tensor:
         """Tokens [B, T, M] after one round of messages."""
         states = self.pre_stitch(tokens_BTM)
-        tokens: Tensor = self.post_stitch(self.propagator(states, self.codes, states, self.codes))
+        states = self.propagator(states, self.codes, states, self.codes, receivers_send=True)
+        tokens: Tensor = self.post_stitch(states)
         return tokens
 
 

@@ -67,6 +67,8 @@ class LatentAttention(nn.Module):
         senders_BVD: Tensor,
         sender_codes_VC: Tensor,
         edges: Edges | None = None,
+        *,
+        receivers_send: bool = False,
     ) -> Tensor:
         """The receivers' states [B, U, D] after one round of messages.
 
@@ -76,10 +78,19 @@ class LatentAttention(nn.Module):
             senders_BVD: States of the senders.
             sender_codes_VC: Their codes, [V, C] or [1, C].
             edges: Who hears whom, and how well; None for everyone alike.
+            receivers_send: Whether the last senders are the receivers, so that one norm for both
+                is computed once.
         """
-        receiver_BUD = self.receiver_norm(receivers_BUD)
-        sender_norm = self.receiver_norm if self.sender_norm is None else self.sender_norm
-        sender_BVD = sender_norm(senders_BVD)
+        if self.sender_norm is not None:
+            receiver_BUD = self.receiver_norm(receivers_BUD)
+            sender_BVD = self.sender_norm(senders_BVD)
+        else:
+            sender_BVD = self.receiver_norm(senders_BVD)
+            receiver_BUD = (
+                sender_BVD[:, -receivers_BUD.shape[1] :]
+                if receivers_send
+                else self.receiver_norm(receivers_BUD)
+            )
         q_BHUK = split_heads(self.query(receiver_BUD, receiver_codes_UC), self.num_heads)
         k_BHVK = split_heads(self.key(sender_BVD, sender_codes_VC), self.num_heads)
         v_BHVK = split_heads(self.value(sender_BVD, sender_codes_VC), self.num_heads)
@@ -89,7 +100,9 @@ class LatentAttention(nn.Module):
             out_BHUK = ops.circuit_attention(
                 q_BHUK, k_BHVK, v_BHVK, edges.circuit, edges.bias, impl=self.impl
             )
-        messages: Tensor = self.layer_scale(self.exit(merge_heads(out_BHUK), receiver_codes_UC))
+        messages: Tensor = self.exit(
+            merge_heads(out_BHUK), receiver_codes_UC, output_scale=gamma_of(self.layer_scale)
+        )
         return receivers_BUD + self.drop_path(messages) if self.residual else messages
 
 
@@ -146,7 +159,7 @@ class ReadInAttention(nn.Module):
         codes_UC = codes_UC.expand(states_BUD.shape[1], -1)
         query = self.query(self.receiver_norm(states_BUD), codes_UC)
         out_BUK = self._attend(query, self.sender_norm(tokens_BVI), codes_UC)
-        messages: Tensor = self.layer_scale(self.exit(out_BUK, codes_UC))
+        messages: Tensor = self.exit(out_BUK, codes_UC, output_scale=gamma_of(self.layer_scale))
         return states_BUD + messages if self.residual else messages
 
     def _attend(self, query_BUK: Tensor, tokens_BVI: Tensor, codes_UC: Tensor) -> Tensor:
@@ -187,9 +200,17 @@ class ReadInAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).flatten(2)
 
 
-def make_layer_scale(dim: int, initial: float | None) -> nn.Module:
-    """A learned factor per channel, or nothing where there is no initial value."""
-    return nn.Identity() if initial is None else LayerScale(dim, init_values=initial)
+def make_layer_scale(dim: int, initial: float | None) -> LayerScale | None:
+    """A learned factor per channel, or None where there is no initial value.
+
+    It is not called: the layer before it takes its factors, see `gamma_of`.
+    """
+    return None if initial is None else LayerScale(dim, init_values=initial)
+
+
+def gamma_of(layer_scale: LayerScale | None) -> Tensor | None:
+    """The factors [D] of a layer scale, or None."""
+    return None if layer_scale is None else layer_scale.gamma
 
 
 def split_heads(x_BUI: Tensor, num_heads: int) -> Tensor:

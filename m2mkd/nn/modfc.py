@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2mkd.errors import ConfigError, did_you_mean
+from m2mkd.nn.modulated import Activation, activate, modulated_linear
 
 FCKind = Literal["modfc", "wmodfc", "fc"]
 ScaleNorm = Literal["ln", "l2", "none", "sigmoid", "tanh"]
@@ -95,14 +96,32 @@ class ModFC(nn.Module):
         scale_UI = self.gain * scale_UI
         return scale_UI + 1.0 if self.add_one else scale_UI
 
-    def forward(self, x: Tensor, codes_UC: Tensor) -> Tensor:
-        """Maps x [..., U, I] to [..., U, O] for codes [U, C], or [1, C] for one code for all."""
-        product = x * self.scale_of(codes_UC)
+    def forward(
+        self,
+        x: Tensor,
+        codes_UC: Tensor,
+        *,
+        activation: Activation = "none",
+        output_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Maps x [..., U, I] to [..., U, O].
+
+        Args:
+            x: Inputs; twice as wide where they go through GEGLU first.
+            codes_UC: Codes [U, C], or [1, C] for one code for all.
+            activation: What the inputs go through first.
+            output_scale: Factor of the outputs, [O]: a layer scale that follows.
+        """
+        scale_UI = self.scale_of(codes_UC)
+        weight, bias = _scaled(self.weight, self.bias, output_scale)
+        if self.product_norm == "none":
+            return modulated_linear(x, scale_UI, weight, bias, activation)
+        product = activate(x, activation) * scale_UI
         if self.product_norm == "ln":
             product = F.layer_norm(product, product.shape[-1:])
-        elif self.product_norm == "l2":
+        else:
             product = F.normalize(product, dim=-1)
-        return F.linear(product, self.weight, self.bias)
+        return F.linear(product, weight, bias)
 
     def fold(self, codes_UC: Tensor) -> Folded | None:
         """The layer as scales around a shared weight; None where a norm stands between."""
@@ -132,11 +151,19 @@ class WModFC(nn.Module):
         self.weight = _new_weight(out_features, in_features)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def forward(self, x: Tensor, codes_UC: Tensor) -> Tensor:
-        """Maps x [..., U, I] to [..., U, O] for codes [U, C] or [1, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        codes_UC: Tensor,
+        *,
+        activation: Activation = "none",
+        output_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `ModFC`."""
         scale_UI, norm_UO = self._scales(codes_UC)
-        y = F.linear(x * scale_UI, self.weight) * norm_UO
-        return y if self.bias is None else y + self.bias
+        y = modulated_linear(x, scale_UI, self.weight, None, activation) * norm_UO
+        y = y if self.bias is None else y + self.bias
+        return y if output_scale is None else y * output_scale
 
     def fold(self, codes_UC: Tensor) -> Folded:
         """The layer as scales around a shared weight."""
@@ -167,11 +194,18 @@ class FC(nn.Module):
         del code_dim
         self.linear = nn.Linear(in_features, out_features, bias=bias)
 
-    def forward(self, x: Tensor, codes_UC: Tensor) -> Tensor:
-        """Maps x [..., U, I] to [..., U, O]."""
+    def forward(
+        self,
+        x: Tensor,
+        codes_UC: Tensor,
+        *,
+        activation: Activation = "none",
+        output_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `ModFC`, but for the codes."""
         del codes_UC
-        y: Tensor = self.linear(x)
-        return y
+        weight, bias = _scaled(self.linear.weight, self.linear.bias, output_scale)
+        return F.linear(activate(x, activation), weight, bias)
 
     def fold(self, codes_UC: Tensor) -> Folded:
         """The layer with scales of one."""
@@ -219,6 +253,15 @@ class FCOptions:
             learn_gain=self.learn_gain,
             add_one=self.add_one,
         )
+
+
+def _scaled(
+    weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A layer with a layer scale folded in: scaling weights is less work than scaling outputs."""
+    if scale_O is None:
+        return weight_OI, bias_O
+    return scale_O[:, None] * weight_OI, None if bias_O is None else scale_O * bias_O
 
 
 def _new_weight(out_features: int, in_features: int) -> nn.Parameter:

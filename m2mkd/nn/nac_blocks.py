@@ -6,12 +6,16 @@ D state width, I token width, C code width.
 
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from m2mkd.nn.kernel import Edges
-from m2mkd.nn.latent_attention import LatentAttention, ReadInAttention, make_layer_scale
+from m2mkd.nn.latent_attention import (
+    LatentAttention,
+    ReadInAttention,
+    gamma_of,
+    make_layer_scale,
+)
 from m2mkd.nn.latents import CodeNoise
 from m2mkd.nn.modfc import FCOptions
 
@@ -72,12 +76,13 @@ class ModFFN(nn.Module):
     def forward(self, states_BUD: Tensor, codes_UC: Tensor) -> Tensor:
         """States [B, U, D] after the FFN, for codes [U, C] or [1, C]."""
         hidden = self.fc1(self.norm(states_BUD), codes_UC)
-        if self.gated:
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * F.gelu(gate)
-        else:
-            hidden = F.gelu(hidden)
-        update_BUD: Tensor = self.drop_path(self.layer_scale(self.fc2(hidden, codes_UC)))
+        update_BUD: Tensor = self.fc2(
+            hidden,
+            codes_UC,
+            activation="geglu" if self.gated else "gelu",
+            output_scale=gamma_of(self.layer_scale),
+        )
+        update_BUD = self.drop_path(update_BUD)
         return states_BUD + update_BUD
 
 
@@ -147,6 +152,8 @@ class Propagator(nn.Module):
         senders_BVD: Tensor,
         sender_codes_VC: Tensor,
         edges: Edges | None = None,
+        *,
+        receivers_send: bool = False,
     ) -> Tensor:
         """The receivers' states [B, U, D].
 
@@ -156,11 +163,17 @@ class Propagator(nn.Module):
             senders_BVD: States of the senders.
             sender_codes_VC: Their codes, [V, C] or [1, C].
             edges: Who hears whom; None for everyone alike.
+            receivers_send: Whether the last senders are the receivers.
         """
         receiver_codes_UC = self.code_noise(receiver_codes_UC)
         sender_codes_VC = self.code_noise(sender_codes_VC)
         states_BUD: Tensor = self.attention(
-            receivers_BUD, receiver_codes_UC, senders_BVD, sender_codes_VC, edges
+            receivers_BUD,
+            receiver_codes_UC,
+            senders_BVD,
+            sender_codes_VC,
+            edges,
+            receivers_send=receivers_send,
         )
         states_BUD = self.ffn(states_BUD, receiver_codes_UC)
         return states_BUD
@@ -193,10 +206,17 @@ class ReadOut(Propagator):
         senders_BVD: Tensor,
         sender_codes_VC: Tensor,
         edges: Edges | None = None,
+        *,
+        receivers_send: bool = False,
     ) -> Tensor:
         """As `Propagator`; with a head [B, U, num_outputs]."""
         states_BUD = super().forward(
-            receivers_BUD, receiver_codes_UC, senders_BVD, sender_codes_VC, edges
+            receivers_BUD,
+            receiver_codes_UC,
+            senders_BVD,
+            sender_codes_VC,
+            edges,
+            receivers_send=receivers_send,
         )
         if self.head_norm is not None:
             states_BUD = self.head_norm(states_BUD)
