@@ -68,7 +68,8 @@ def read_metadata(props: Mapping[str, str], *, source: str) -> Metadata:
     """
     if _PREFIX + "format" not in props:
         raise ModelFileError(
-            f"{source} was not written by `m2mkd export`: it has no m2mkd metadata"
+            f"{source} was not written by `m2mkd export`: it has no m2mkd metadata; "
+            "export the run to get a file that says how to use it"
         )
     try:
         found = {
@@ -83,4 +84,4 @@ def read_metadata(props: Mapping[str, str], *, source: str) -> Metadata:
             )
         return Metadata(**found)
     except (TypeError, json.JSONDecodeError) as error:
-        raise ModelFileError(f"metadata of {source} is damaged: {error}") from None
+        raise ModelFileError(f"metadata of {source} is damaged: {error}; export it again") from None

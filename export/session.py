@@ -82,7 +82,8 @@ def open_session(path: Path, *, use_cuda: bool = True) -> Any:
     except Exception as error:  # the runtime's errors have no common base class
         reason = " ".join(str(error).split())
         raise RuntimeLoadError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason}; a damaged file "
+            "has to be copied or exported again"
         ) from error
 
 

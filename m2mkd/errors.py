@@ -32,6 +32,10 @@ class NotFiniteError(M2MKDError, ArithmeticError):
     """Values that are NaN where a decision depends on them, such as a router's logits."""
 
 
+class KernelError(M2MKDError, RuntimeError):
+    """Compiled kernels that are missing where they are asked for, or that compute wrong results."""
+
+
 class TrainingError(M2MKDError, RuntimeError):
     """Training that cannot go on, such as a loss that is not finite."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+CUDA_LIBRARY = _PACKAGE / "_ops_cuda.so"
 _BUILD = "run `pip install --no-build-isolation -e .` in the checkout"
 
 
@@ -110,7 +111,7 @@ def _load() -> Extension:
         reason = _load_library("_ops_cpu.so")
         extension = Extension(cpu=not reason, cuda=False, reason=reason)
         if extension.cpu and torch.version.cuda is not None:
-            cuda_reason = _load_library("_ops_cuda.so")
+            cuda_reason = _load_library(CUDA_LIBRARY.name)
             # Nobody misses CUDA kernels on a machine without a GPU.
             shown = cuda_reason if torch.cuda.is_available() else ""
             extension = Extension(cpu=True, cuda=not cuda_reason, reason=shown)

@@ -11,7 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from m2mkd.cli.main import main
+from m2mkd.ops import reference
+from m2mkd.ops._load import EXTENSION
 from m2mkd.recipe import Recipe, builtin_recipes
+
+needs_kernels = pytest.mark.skipif(not EXTENSION.cpu, reason="the extension is not built")
 
 
 def run(*arguments: str) -> Result:
@@ -84,3 +88,36 @@ def test_info_says_why_kernels_are_missing() -> None:
     assert (
         list(kernels) == ["missing because"] and "M2MKD_NO_EXTENSION" in kernels["missing because"]
     )
+
+
+@needs_kernels
+def test_the_selftest_shows_every_kernel_with_its_largest_error() -> None:
+    result = run("info", "--selftest")
+    assert result.exit_code == 0, result.stderr
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in result.output.splitlines()}
+    assert rows["moe_mlp", "float32"][0] == "ok"
+    assert 0 < float(rows["moe_mlp", "float32"][1]) < 1e-4
+    facts = json.loads(run("info", "--selftest", "--json").output)
+    assert facts["cpu"]["moe_mlp float32"]["problem"] == ""
+
+
+@needs_kernels
+def test_a_kernel_that_is_wrong_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "moe_gather", lambda x, plan: x[plan.token_of_M.long()] + 1)
+    result = run("info", "--selftest")
+    assert result.exit_code == 1
+    assert "MISMATCH" in result.output and "value differs by" in result.output
+    assert "moe_gather float32 on cpu" in result.stderr
+
+
+def test_without_kernels_the_selftest_says_why() -> None:
+    code = "from m2mkd.cli.main import main; main(['info', '--selftest'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "M2MKD_NO_EXTENSION": "1"},
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "no compiled kernels to test: M2MKD_NO_EXTENSION=1 is set" in result.stderr
