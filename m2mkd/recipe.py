@@ -226,6 +226,9 @@ class Recipe(_Section):
     tracking: tuple[Tracker, ...] = Field(
         (), description="experiment trackers that also get the numbers, through accelerate"
     )
+    corruptions: bool = Field(
+        False, description="also grade the student on damaged validation images, severity 1 to 5"
+    )
     checkpoint_every: Positive | None = Field(
         None, description="optimiser steps between checkpoints; default: once an epoch"
     )

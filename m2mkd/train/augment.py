@@ -21,6 +21,7 @@ from torch import Tensor
 
 from m2mkd.errors import ConfigError
 from m2mkd.recipe import Augmentation, DataConfig
+from m2mkd.train.corruptions import corrupt
 
 
 class Preparation:
@@ -30,8 +31,19 @@ class Preparation:
     timm's own normalising transforms, in less than half the time for small images.
     """
 
-    def __init__(self, config: DataConfig, *, is_training: bool) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        is_training: bool,
+        corruption: tuple[str, int] | None = None,
+    ) -> None:
         """Builds the transforms of one split.
+
+        Args:
+            config: The data section.
+            is_training: Whether to augment.
+            corruption: Kind and severity of damage after resizing, see `m2mkd.train.corruptions`.
 
         Raises:
             ConfigError: `auto_augment` is not a policy timm knows.
@@ -48,6 +60,7 @@ class Preparation:
             if is_training and augment.random_erase > 0
             else None
         )
+        self._corruption = corruption
         mean, std = config.normalisation
         self._mean_C11 = torch.tensor(mean).view(-1, 1, 1)
         self._std_C11 = torch.tensor(std).view(-1, 1, 1)
@@ -62,10 +75,10 @@ class Preparation:
         Returns:
             Pixels, [C, H, W], uint8.
         """
-        if self._is_random:
+        if self._is_random or self._corruption is not None:
             _seed_global_generators(key)
         pixels_CHW: Tensor = self._transform(image)
-        return pixels_CHW
+        return pixels_CHW if self._corruption is None else corrupt(pixels_CHW, *self._corruption)
 
     def finish(self, pixels: list[Tensor], keys: list[str]) -> Tensor:
         """Normalises, then erases rectangles where the configuration says so.

@@ -6,7 +6,7 @@ with any number of workers. Letters: B batch, C channels, H height, W width.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -117,8 +117,13 @@ class ImageData:
         ]
         return self._read("train", _BatchReader(self.train, self._augmented, key), batches)
 
-    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation_batches(
+        self, corruption: tuple[str, int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields every held-out image once, in order, without augmentation.
+
+        Args:
+            corruption: Kind and severity of damage done to every image, the same each time.
 
         Yields:
             Images [B, C, H, W], float32, normalised; labels [B], int64; the last batch may be
@@ -127,11 +132,30 @@ class ImageData:
         Raises:
             DataError: An image cannot be read and `on_bad_image` is fail.
         """
-        order = list(range(len(self.validation)))
-        size = self._config.eval_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        reader = _BatchReader(self.validation, self._plain, "validation")
-        return self._read("validation", reader, batches)
+        plain, key = self._plain, "validation"
+        if corruption is not None:
+            plain = Preparation(self._config, is_training=False, corruption=corruption)
+            key = "/".join(map(str, corruption))
+        reader = _BatchReader(self.validation, plain, key)
+        return self._read("validation", reader, self._in_order(range(len(self.validation))))
+
+    def plain_batches(
+        self, images: ImageDataset, indices: Iterable[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields some images of `train` or `validation`, in the given order, as for evaluation.
+
+        Yields:
+            As `validation_batches`.
+
+        Raises:
+            DataError: An image cannot be read and `on_bad_image` is fail.
+        """
+        split = "train" if images is self.train else "validation"
+        return self._read(split, _BatchReader(images, self._plain, split), self._in_order(indices))
+
+    def _in_order(self, indices: Iterable[int]) -> list[list[int]]:
+        order, size = [int(index) for index in indices], self._config.eval_batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def sample_images(self, count: int) -> list[tuple[int, str, Image.Image]]:
         """Returns held-out images spread over the classes, always the same ones.

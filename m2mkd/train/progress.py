@@ -67,6 +67,11 @@ class Reporter:
             left = remaining(now - self._began[0], done - self._began[1], self._total - done)
             self.message(f"{self._name}: step {done}/{self._total}  {note}  {left} left")
 
+    def advance(self, note: str) -> None:
+        """Reports one more unit of work that is not an optimiser step."""
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, note=note)
+
     def finish(self) -> None:
         """Removes the current stage's bar."""
         if self._task is not None:

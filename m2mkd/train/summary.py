@@ -12,7 +12,7 @@ from m2mkd.models.checkpoint import read_json, write_failure, write_text
 from m2mkd.train.circuit_pictures import plot_circuit, plot_circuit_history
 from m2mkd.train.evaluate import evaluate_model
 from m2mkd.train.loop import read_metrics
-from m2mkd.train.report import grade_run, write_report
+from m2mkd.train.report import corrupt_run, grade_run, write_report
 
 if TYPE_CHECKING:
     from m2mkd.train.run import Run
@@ -58,6 +58,8 @@ def summarise(run: "Run") -> dict[str, Any]:
     _write_samples(run)
     _draw_circuits(run)
     grade_run(run.out, run.data, run.device)
+    if run.recipe.corruptions:
+        corrupt_run(run.out, run.data, run.device, run.reporter)
     write_report([run.out], run.out / "report.html")
     return summary
 

@@ -209,6 +209,60 @@ def test_root_moves_the_data_set_and_its_classes_must_be_the_same(tmp_path: Path
     assert_one_line_error(result, "cat, dog (2) instead of 0, 1, 2, ... (10)")
 
 
+def test_a_part_of_the_classes_is_answered_among_these(folder: Path, tmp_path: Path) -> None:
+    some = image_folder(tmp_path / "some", ["1", "3", "7"])
+    changed = ("--data", "dataset=image_folder", "--data", f"root={some}")
+    for source in (folder / "run", folder / "a.onnx"):
+        result = run("evaluate", source, *changed)
+        assert result.exit_code == 0, result.output
+        assert "on 6 validation images of 3 of its 10 classes" in result.stdout
+        assert accuracy(source, *changed)["top5"] == 100.0
+
+
+def test_data_must_fit_the_network(folder: Path) -> None:
+    result = run("evaluate", folder / "run", "--data", "image_size=16")
+    assert_one_line_error(result, "takes image_size 8")
+    result = run("evaluate", folder / "run", "--data", "datset=digits")
+    assert_one_line_error(result, "unknown key 'data.datset'; did you mean 'dataset'?")
+
+
+def test_few_shot_and_linear_probe_are_one_line_and_json(folder: Path) -> None:
+    result = run("evaluate", folder / "run", "--few-shot", "3x2", "--draws", 3)
+    assert result.exit_code == 0, result.output
+    assert "3-way 2-shot top-1" in result.stdout and "(95 %, 3 draws)" in result.stdout
+    result = run("evaluate", folder / "run", "--few-shot", "3x2", "--draws", 3, "--json")
+    values = json.loads(result.stdout)
+    assert [len(draw["classes"]) for draw in values["draws"]] == [3, 3, 3]
+    assert values["top1"] == pytest.approx(sum(d["top1"] for d in values["draws"]) / 3)
+    result = run("evaluate", folder / "run", "--linear-probe", "--json")
+    assert json.loads(result.stdout)["count"] == 500
+
+
+@pytest.mark.parametrize("wrong", ["8", "8x", "1x5", "8x0", "axb"])
+def test_few_shot_is_ways_times_shots(folder: Path, wrong: str) -> None:
+    result = run("evaluate", folder / "run", "--few-shot", wrong)
+    assert result.exit_code == 2 and "is not WAYSxSHOTS, such as 8x5" in result.stderr
+
+
+def test_a_file_cannot_be_given_a_new_head(folder: Path) -> None:
+    for option in (("--linear-probe",), ("--few-shot", "3x2")):
+        result = run("evaluate", folder / "a.onnx", *option)
+        assert result.exit_code == 2 and "need a run, not an ONNX file" in result.stderr
+
+
+def test_damage_of_a_run_is_kept_for_its_report(folder: Path, tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run", make_card())
+    result = run("evaluate", source, "--corruptions")
+    assert result.exit_code == 0, result.output
+    assert "damaged" in result.stdout and "gaussian_noise" in result.stdout
+    kept = json.loads((source / "corruptions.json").read_text())
+    assert set(map(len, kept["top1"].values())) == {5}
+    (source / "corruptions.json").unlink()
+    result = run("evaluate", source, "--corruptions", "--data", "on_bad_image=skip", "--json")
+    assert json.loads(result.stdout)["top1"] == kept["top1"]
+    assert not (source / "corruptions.json").exists()
+
+
 def test_a_checkpoint_outside_a_run_has_no_data_set(folder: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "run", make_card())
     stage = (tmp_path / "run" / "end_to_end").rename(tmp_path / "stage")

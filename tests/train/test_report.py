@@ -252,6 +252,24 @@ def test_rebuilding_grades_a_run_that_has_none(run: Path, tmp_path: Path) -> Non
     assert load_recipe(str(other / "recipe.yaml")).name == "tiny"
 
 
+def test_damage_is_on_the_page_when_it_was_measured(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    done = json.loads((other / "end_to_end" / "DONE").read_text())
+    top1 = {"gaussian_noise": [9.0, 8.0, 7.0, 6.0, 5.0], "jpeg": [9.5, 9.0, 8.5, 8.0, 7.5]}
+    found = {"clean": 10.0, "count": 500, "top1": top1, "mean": 7.75, "digest": done["digest"]}
+    (other / "corruptions.json").write_text(json.dumps(found))
+    text = write_report([other], other / "report.html").read_text()
+    assert "Under corruption" in Page(text).headings and "gaussian noise" in text
+    (other / "corruptions.json").write_text(json.dumps({**found, "digest": "of another student"}))
+    assert "Under corruption" not in write_report([other], other / "report.html").read_text()
+
+
+def test_a_recipe_that_asks_for_it_measures_damage(tmp_path: Path) -> None:
+    train(tiny_recipe(corruptions=True, baselines=[]), tmp_path / "run", Reporter(quiet=True))
+    assert "Under corruption" in Page((tmp_path / "run" / "report.html").read_text()).headings
+
+
 def test_circuits_of_a_nac_are_on_the_page(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other)

@@ -9,10 +9,10 @@ from m2mkd.errors import DataError
 from m2mkd.recipe import load_recipe
 from m2mkd.train.data import ImageData
 from m2mkd.train.progress import Reporter
-from m2mkd.train.report.grades import grade_run, read_grades
+from m2mkd.train.report.grades import corrupt_run, grade_run, read_grades
 from m2mkd.train.report.page import write_report
 
-__all__ = ["grade_run", "rebuild_report", "write_report"]
+__all__ = ["corrupt_run", "grade_run", "rebuild_report", "write_report"]
 
 
 def rebuild_report(runs: Sequence[Path], out: Path, reporter: Reporter) -> Path:

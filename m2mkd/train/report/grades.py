@@ -22,9 +22,11 @@ from m2mkd.models.nac import NAC
 from m2mkd.nn import MoEMlp
 from m2mkd.nn.circuit_statistics import circuit_statistics
 from m2mkd.train.circuit_pictures import plot_circuit
+from m2mkd.train.corruptions import measure_corruptions
 from m2mkd.train.data import ImageData
+from m2mkd.train.progress import Reporter
 
-GRADES = "grades.json"
+GRADES, CORRUPTIONS = "grades.json", "corruptions.json"
 BINS = 15  # of confidence, all equally wide (Guo et al., arXiv 1706.04599)
 _MISTAKES = 12
 _MOST_CELLS = 5000  # cells of the confusion matrix that are kept, the fullest first
@@ -52,9 +54,43 @@ def grade_run(run: Path, data: ImageData, device: torch.device) -> dict[str, Any
     return grades
 
 
+def corrupt_run(
+    run: Path, data: ImageData, device: torch.device, reporter: Reporter
+) -> dict[str, Any]:
+    """Grades the student of a complete run under corruption and writes `corruptions.json`.
+
+    Returns:
+        As `measure_corruptions`, and the `digest` of the graded stage.
+
+    Raises:
+        CheckpointError: The run is not complete, or the disk is full.
+    """
+    model, checkpoint = load_model(run)
+    model.to(device)
+
+    @torch.inference_mode()
+    def predict(images_BCHW: Tensor) -> Tensor:
+        logits_BC: Tensor = model(images_BCHW.to(device))
+        return logits_BC
+
+    found = measure_corruptions(predict, data, reporter)
+    found["digest"] = checkpoint.meta.get("digest")
+    write_text(run / CORRUPTIONS, json.dumps(found, indent=1))
+    return found
+
+
+def read_corruptions(run: Path) -> dict[str, Any] | None:
+    """What `corrupt_run` wrote for the student that the run holds now, else None."""
+    return _read_current(run, CORRUPTIONS)
+
+
 def read_grades(run: Path) -> dict[str, Any] | None:
     """What `grade_run` wrote for the student that the run holds now, else None."""
-    path, done = run / GRADES, run / "end_to_end" / "DONE"
+    return _read_current(run, GRADES)
+
+
+def _read_current(run: Path, name: str) -> dict[str, Any] | None:
+    path, done = run / name, run / "end_to_end" / "DONE"
     if not path.is_file() or not done.is_file():
         return None
     grades = read_json(path)

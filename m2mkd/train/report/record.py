@@ -8,12 +8,11 @@ from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import read_json
 from m2mkd.recipe import Recipe, load_recipe
 from m2mkd.train.loop import read_metrics
-from m2mkd.train.report.grades import read_grades
+from m2mkd.train.report.grades import read_corruptions, read_grades
 
-CORRUPTIONS = "corruptions.json"
 _MOST_POINTS = 200  # of a curve; longer ones are averaged
 # What may differ between runs that are shown as seeds of one recipe: it does not change results.
-_MAY_DIFFER = {"name", "seed", "threads", "checkpoint_every", "tracking"}
+_MAY_DIFFER = {"name", "seed", "threads", "checkpoint_every", "tracking", "corruptions"}
 _DATA_MAY_DIFFER = {"root", "workers", "eval_batch_size"}
 
 
@@ -78,19 +77,15 @@ def read_run(path: Path) -> Record:
     text = file.read_text(encoding="utf-8")
     first, _, rest = text.partition("\n")
     is_comment = first.startswith("#")
-    summary, corruptions = (
-        read_json(path / name) if (path / name).is_file() else None
-        for name in ("summary.json", CORRUPTIONS)
-    )
     return Record(
         path=path,
         recipe=recipe,
         resolved_by=first.removeprefix("# resolved by ") if is_comment else "",
         recipe_text=rest if is_comment else text,
         stages=_stages(path, recipe),
-        summary=summary,
+        summary=read_json(path / "summary.json") if (path / "summary.json").is_file() else None,
         grades=read_grades(path),
-        corruptions=corruptions,
+        corruptions=read_corruptions(path),
         joint_done=_done(path / "distill" / "joint"),
     )
 
