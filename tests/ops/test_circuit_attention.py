@@ -18,6 +18,7 @@ from op_testing import (
     normal,
 )
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from m2mkd import ops
 from m2mkd.errors import ShapeError
@@ -326,6 +327,35 @@ def test_the_kernel_itself_refuses_a_graph_that_reads_out_of_bounds(
         torch.ops.m2mkd.circuit_attention(
             inputs["q_BHUD"], inputs["k_BHVD"], inputs["v_BHVD"], None, *graph.values(), 1.0
         )
+
+
+def test_on_cuda_half_types_go_dense_earlier_for_tensor_cores() -> None:
+    for wants_grad in (False, True):
+        half, full = (
+            crossover("cuda", dtype, wants_grad) for dtype in (torch.bfloat16, torch.float32)
+        )
+        assert 0 < half < full < crossover("cpu", torch.float32, wants_grad)
+
+
+def test_on_cuda_the_dense_bias_has_the_dtype_of_the_queries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    circuit = ops.Circuit.from_dense(torch.ones(3, 4))
+    found = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+        found.append(attn_mask.dtype)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # CUDA tensors without memory or a card
+        q, k, v = (
+            torch.empty(1, 2, length, 8, device="cuda", dtype=torch.bfloat16)
+            for length in (3, 4, 4)
+        )
+        bias = torch.empty(circuit.num_edges, device="cuda")
+        ops.circuit_attention(q, k, v, circuit.to("cuda"), bias, impl="dense")
+    assert found == [torch.bfloat16]
 
 
 class Propagator(torch.nn.Module):
