@@ -14,6 +14,9 @@ import click
     "--budget", type=float, metavar="POINTS", help="Or: top-1 points that may be lost at most."
 )
 @click.option(
+    "--inputs", type=float, default=1.0, metavar="SHARE", help="Share of the input latents to keep."
+)
+@click.option(
     "--out",
     "-o",
     type=click.Path(path_type=Path),
@@ -32,6 +35,7 @@ def prune(
     source: Path,
     mediators: float | None,
     budget: float | None,
+    inputs: float,
     out: Path | None,
     finetune: int,
     root: Path | None,
@@ -63,7 +67,14 @@ def prune(
     recipe = recipe.model_copy(update={"data": with_root(recipe.data, root)})
     with Reporter() as reporter:
         result = prune_run(
-            source, recipe, out, reporter, mediators=mediators, budget=budget, finetune=finetune
+            source,
+            recipe,
+            out,
+            reporter,
+            mediators=mediators,
+            budget=budget,
+            inputs=inputs,
+            finetune=finetune,
         )
     click.echo(json.dumps(result, indent=1) if as_json else _describe(result, out))
 

@@ -1,6 +1,6 @@
-"""Removing mediators from a trained NAC, those first through which the least is expected to flow.
+"""Removing latents from a trained NAC, those first to which the least attention is expected to go.
 
-Letters: U receivers, V senders, M mediators.
+Letters: U receivers, V senders, I inputs, M mediators.
 """
 
 import copy
@@ -13,67 +13,88 @@ from torch import Tensor, nn
 
 from m2mkd.errors import ConfigError
 from m2mkd.models.nac import NAC
+from m2mkd.nn import Latents
 
 
 @torch.no_grad()
-def mediator_traffic(model: NAC) -> Tensor:
-    """How much attention each mediator may expect from others, over all layers.
+def latent_traffic(model: NAC) -> tuple[Tensor, Tensor]:
+    """How much attention each input and mediator latent may expect from others, over all layers.
 
     Affinities, normalised over a receiver's senders, say how a receiver divides its attention
-    before it has seen a state. A mediator's traffic is its share in that of every receiver of
-    every layer, the read-out included and itself left out: its expected degree.
+    before it has seen a state. A latent's traffic is its share in that of every receiver of every
+    layer, the read-out included and itself left out: its expected degree.
 
     Args:
         model: A NAC; only signatures and bandwidths matter.
 
     Returns:
-        Traffic, [M], float32, not negative.
+        Traffic of inputs [I] and of mediators [M], float32, not negative.
     """
     num = model.mediator_latents.num_latents
-    traffic_M = _affinities(model, model.depth)[:, -num:].sum(dim=0)
-    for layer in range(model.depth):
-        affinity_MM = _affinities(model, layer)[:, -num:]
-        traffic_M += affinity_MM.sum(dim=0) - affinity_MM.diagonal()
-    return traffic_M
+    signatures_IS = model.input_latents.signatures
+    traffic_I = signatures_IS.new_zeros(signatures_IS.shape[0])
+    traffic_M = signatures_IS.new_zeros(num)
+    for layer in range(model.depth + 1):
+        affinity_UV = _affinities(model, layer)
+        traffic_M += affinity_UV[:, -num:].sum(dim=0)
+        if layer < model.depth:
+            traffic_M -= affinity_UV[:, -num:].diagonal()
+        if model.hears_inputs(layer):
+            traffic_I += affinity_UV[:, :-num].sum(dim=0)
+    return traffic_I, traffic_M
 
 
 @torch.no_grad()
-def keep_mediators(model: NAC, kept: Tensor | Sequence[int]) -> NAC:
-    """A copy of a NAC with some of its mediators; the rest divide their links anew.
+def keep_latents(
+    model: NAC,
+    *,
+    mediators: Tensor | Sequence[int] | None = None,
+    inputs: Tensor | Sequence[int] | None = None,
+) -> NAC:
+    """A copy of a NAC with some of its latents; their links are divided anew.
 
     Args:
         model: It stays as it is.
-        kept: Numbers of the mediators to keep, at least one; their order does not matter.
+        mediators: Numbers of the mediators to keep, at least one, in any order; None for all.
+        inputs: The same of the input latents.
 
     Returns:
         The smaller NAC, in the mode and on the device of the model.
 
     Raises:
-        ConfigError: No mediator, or numbers that do not exist.
+        ConfigError: No latent, or numbers that do not exist.
     """
-    latents = model.mediator_latents
-    chosen = sorted({int(i) for i in kept})
-    if not chosen or chosen[0] < 0 or chosen[-1] >= latents.num_latents:
-        raise ConfigError(
-            f"keep_mediators: cannot keep {chosen or 'none'} of mediators 0 to "
-            f"{latents.num_latents - 1}"
-        )
-    index = torch.tensor(chosen, device=latents.signatures.device)
     pruned = copy.deepcopy(model)
-    for name, parameter in latents.named_parameters():
-        # Codes may be [L, M, C]: mediators are always the last but one dimension.
-        part = parameter.index_select(-2, index)
-        setattr(
-            pruned.mediator_latents, name, nn.Parameter(part, requires_grad=parameter.requires_grad)
-        )
-    pruned.options = replace(pruned.options, **pruned_args(len(chosen)))
+    if mediators is not None:
+        _keep(pruned.mediator_latents, mediators, "mediators")
+    if inputs is not None:
+        _keep(pruned.input_latents, inputs, "inputs")
+    pruned.options = replace(pruned.options, **pruned_args(pruned))
     return pruned
 
 
-def pruned_args(num_mediators: int) -> dict[str, Any]:
-    """What changes in the arguments of a NAC whose mediators were pruned to so many."""
-    # A prior would draw another graph, and may not exist for the new number.
-    return {"num_mediators": num_mediators, "prior": "none", "prior_args": {}}
+def pruned_args(model: NAC) -> dict[str, Any]:
+    """What arguments of a NAC become with as many latents as a pruned one has."""
+    return {
+        "num_inputs": model.input_latents.num_latents,
+        "num_mediators": model.mediator_latents.num_latents,
+        # A prior would draw another graph, and may not exist for the new number.
+        "prior": "none",
+        "prior_args": {},
+    }
+
+
+def _keep(latents: Latents, kept: Tensor | Sequence[int], kind: str) -> None:
+    chosen = sorted({int(i) for i in kept})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= latents.num_latents:
+        raise ConfigError(
+            f"keep_latents: cannot keep {chosen or 'none'} of {kind} 0 to {latents.num_latents - 1}"
+        )
+    index = torch.tensor(chosen, device=latents.signatures.device)
+    for name, parameter in list(latents.named_parameters()):
+        # Codes may be [L, M, C]: latents are always the last but one dimension.
+        part = parameter.index_select(-2, index)
+        setattr(latents, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
 def _affinities(model: NAC, layer: int) -> Tensor:

@@ -24,7 +24,7 @@ from m2mkd.models.checkpoint import (
     write_text,
 )
 from m2mkd.models.nac import NAC
-from m2mkd.models.nac_pruning import keep_mediators, mediator_traffic, pruned_args
+from m2mkd.models.nac_pruning import keep_latents, latent_traffic, pruned_args
 from m2mkd.recipe import Recipe, digest
 from m2mkd.train.data import ImageData
 from m2mkd.train.evaluate import evaluate_model
@@ -40,10 +40,11 @@ _SECONDS = 0.2  # of timing per size, batch and round
 
 @dataclass(frozen=True)
 class Point:
-    """A NAC with some of its mediators.
+    """A NAC with some of its latents.
 
     Attributes:
-        mediators: How many.
+        mediators: How many mediators.
+        inputs: How many input latents.
         top1: Accuracy on the validation images, per cent.
         loss: Mean cross-entropy there.
         circuit_flops: Floating-point operations from read-in to read-out for one image.
@@ -53,6 +54,7 @@ class Point:
     """
 
     mediators: int
+    inputs: int
     top1: float
     loss: float
     circuit_flops: int
@@ -69,11 +71,12 @@ def prune_run(
     *,
     mediators: float | None = None,
     budget: float | None = None,
+    inputs: float = 1.0,
     finetune: int = 0,
 ) -> dict[str, Any]:
     """Measures a NAC with fewer and fewer mediators and writes the chosen one as a run.
 
-    Mediators go in the order of `mediator_traffic`, least first. `out` becomes a run folder that
+    Latents go in the order of `latent_traffic`, least first. `out` becomes a run folder that
     evaluate and export accept, with `pruning.json` and `pruning.png` in it.
 
     Args:
@@ -84,6 +87,7 @@ def prune_run(
         mediators: Share of the mediators to keep, in (0, 1]; at least one stays.
         budget: Or: accuracy that may be lost, in points; the fewest mediators measured that lose
             no more are kept. The validation images decide, so those are no longer a fair test.
+        inputs: Share of the input latents to keep, in (0, 1], in every smaller network.
         finetune: Epochs of training afterwards, at a tenth of the end-to-end learning rate.
 
     Returns:
@@ -93,7 +97,7 @@ def prune_run(
         ConfigError: Not a NAC, neither or both of mediators and budget, or values out of range.
         CheckpointError: Nothing to prune, or `out` exists or cannot be written.
     """
-    _check_wishes(mediators, budget, finetune)
+    _check_wishes(mediators, budget, inputs, finetune)
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or choose another folder with --out")
     model, checkpoint = load_model(source)
@@ -104,19 +108,23 @@ def prune_run(
     data = ImageData(recipe.data, recipe.seed)
     accelerator = make_accelerator(recipe)
     model = model.to(accelerator.device)
-    order = mediator_traffic(model).argsort(descending=True, stable=True)
-    total = len(order)
+    order_I, order_M = (traffic.argsort(descending=True) for traffic in latent_traffic(model))
+    total = len(order_M)
     wished = None if mediators is None else max(1, round(mediators * total))
-    curve = measure_curve(model, order, data, reporter, also=wished)
+    kept_inputs = sorted(order_I[: max(1, round(inputs * len(order_I)))].tolist())
+    smaller = keep_latents(model, inputs=kept_inputs)
+    curve = measure_curve(model, smaller, order_M, data, reporter, also=wished)
     chosen = choose(curve, wished, budget)
-    kept = sorted(order[: chosen.mediators].tolist())
-    pruned = keep_mediators(model, kept)
-    card = _pruned_card(checkpoint.card, chosen.mediators)
+    kept = sorted(order_M[: chosen.mediators].tolist())
+    pruned = keep_latents(smaller, mediators=kept)
+    card = checkpoint.card
+    card = replace(card, model_args={**card.model_args, **pruned_args(pruned)})
     result: dict[str, Any] = {
         "source": str(source),
         "mediators": chosen.mediators,
         "of": total,
         "kept": kept,
+        "kept_inputs": kept_inputs,
         "full": asdict(curve[0]),
         "pruned": asdict(chosen),
         "finetuned": None,
@@ -124,7 +132,7 @@ def prune_run(
         "threads": torch.get_num_threads(),
         "curve": [asdict(point) for point in curve],
     }
-    key = digest(checkpoint.meta["sha256"], kept, finetune)
+    key = digest(checkpoint.meta["sha256"], kept, kept_inputs, finetune)
     _write_recipe(out, recipe, card)
     if finetune:
         result["finetuned"] = _finetune(pruned, card, recipe, data, out, key, finetune, reporter)
@@ -137,30 +145,38 @@ def prune_run(
 
 
 def measure_curve(
-    model: NAC, order: Tensor, data: ImageData, reporter: Reporter, also: int | None = None
+    full: NAC,
+    smaller: NAC,
+    order_M: Tensor,
+    data: ImageData,
+    reporter: Reporter,
+    also: int | None = None,
 ) -> list[Point]:
     """Grades and times a NAC with the first mediators of an order, from all to few.
 
     Args:
-        model: In eval mode, on the device to measure on.
-        order: Mediators, most important first, [M].
+        full: In eval mode, on the device to measure on; the first point.
+        smaller: The one to take mediators from.
+        order_M: Its mediators, most important first, [M].
         data: Its validation images grade the networks.
         reporter: Where progress goes.
         also: A number of mediators that has to be among those measured.
     """
-    total = len(order)
+    total = len(order_M)
     counts = {max(1, round(share * total)) for share in _FRACTIONS} | ({also} if also else set())
-    models = [
-        keep_mediators(model, order[:count].tolist()) for count in sorted(counts, reverse=True)
+    if smaller.options.num_inputs == full.options.num_inputs:
+        counts -= {total}
+    models = [full] + [
+        keep_latents(smaller, mediators=order_M[:count]) for count in sorted(counts, reverse=True)
     ]
-    device = order.device
     times = {batch: _circuit_ms(models, batch, data) for batch in (1, _BATCH)}
     points = []
-    for i, smaller in enumerate(models):
-        grade = evaluate_model(smaller, data.validation_batches(), device)
-        circuit_flops, flops = count_flops(smaller, _images(data, 1, device))
+    for i, model in enumerate(models):
+        grade = evaluate_model(model, data.validation_batches(), order_M.device)
+        circuit_flops, flops = count_flops(model, _images(data, 1, order_M.device))
         point = Point(
-            mediators=smaller.options.num_mediators,
+            mediators=model.options.num_mediators,
+            inputs=model.options.num_inputs,
             top1=round(grade.top1, 3),
             loss=round(grade.loss, 5),
             circuit_flops=circuit_flops,
@@ -170,20 +186,21 @@ def measure_curve(
         )
         points.append(point)
         reporter.message(
-            f"{point.mediators:>5} of {total} mediators: top-1 {point.top1:.2f} %, circuit "
-            f"{point.circuit_ms:.2f} ms alone, {point.circuit_ms_per_image:.3f} ms in a batch"
+            f"{point.mediators:>5} mediators, {point.inputs} inputs: top-1 {point.top1:.2f} %, "
+            f"circuit {point.circuit_ms:.2f} ms alone, {point.circuit_ms_per_image:.3f} ms in a "
+            "batch"
         )
     return points
 
 
 def choose(curve: Sequence[Point], wished: int | None, budget: float | None) -> Point:
-    """The point with the wished number of mediators, or the smallest that keeps to the budget."""
+    """The point with the wished number of mediators, or the cheapest that keeps to the budget."""
     if wished is not None:
-        return next(point for point in curve if point.mediators == wished)
+        return next(point for point in reversed(curve) if point.mediators == wished)
     assert budget is not None
     # Accuracies have three decimals; a sum of two must not miss its mark by rounding.
     least = curve[0].top1 - budget - 1e-6
-    return min((p for p in curve if p.top1 >= least), key=lambda p: p.mediators)
+    return min((p for p in curve if p.top1 >= least), key=lambda p: p.circuit_flops)
 
 
 @torch.no_grad()
@@ -256,13 +273,17 @@ def plot_curve(result: dict[str, Any], path: Path) -> None:
         raise write_failure(path, error) from error
 
 
-def _check_wishes(mediators: float | None, budget: float | None, finetune: int) -> None:
+def _check_wishes(
+    mediators: float | None, budget: float | None, inputs: float, finetune: int
+) -> None:
     if (mediators is None) == (budget is None):
         raise ConfigError("prune: give either a share of mediators to keep, or a budget")
     if mediators is not None and not 0 < mediators <= 1:
         raise ConfigError(f"prune: mediators={mediators} is no share in (0, 1], such as 0.25")
     if budget is not None and not 0 <= budget <= 100:
         raise ConfigError(f"prune: budget={budget} is not in 0 to 100 points of accuracy")
+    if not 0 < inputs <= 1:
+        raise ConfigError(f"prune: inputs={inputs} is no share in (0, 1], such as 0.5")
     if finetune < 0:
         raise ConfigError(f"prune: finetune={finetune} epochs; it cannot be negative")
 
@@ -293,10 +314,6 @@ def _images(data: ImageData, count: int, device: torch.device) -> Tensor:
     images, _ = next(iter(data.validation_batches()))
     repeats = -(-count // images.shape[0])
     return images.repeat(repeats, 1, 1, 1)[:count].to(device)
-
-
-def _pruned_card(card: ModelCard, num_mediators: int) -> ModelCard:
-    return replace(card, model_args={**card.model_args, **pruned_args(num_mediators)})
 
 
 def _write_recipe(out: Path, recipe: Recipe, card: ModelCard) -> None:

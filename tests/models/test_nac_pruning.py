@@ -8,7 +8,7 @@ import torch
 
 from m2mkd.errors import ConfigError
 from m2mkd.models.nac import NAC
-from m2mkd.models.nac_pruning import keep_mediators, mediator_traffic
+from m2mkd.models.nac_pruning import keep_latents, latent_traffic
 
 
 def make(**options: Any) -> NAC:
@@ -47,23 +47,24 @@ def test_mediators_that_nobody_hears_can_go_without_a_trace(options: dict[str, A
         signature[:, 0] = signature.norm(dim=1) + 1  # within 0.9 of each other
     signatures["mediator"][4:] *= -1  # these hear only each other
     kept = range(4)
-    torch.testing.assert_close(logits(keep_mediators(model, kept)), logits(model))
+    torch.testing.assert_close(logits(keep_latents(model, mediators=kept)), logits(model))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_pruned_nac_is_the_one_that_its_options_build(options: dict[str, Any]) -> None:
-    pruned = keep_mediators(make(**options), [5, 1, 7])
+    pruned = keep_latents(make(**options), mediators=[5, 1, 7], inputs=[0, 3])
     built = timm.create_model(
-        "nac_digits", num_mediators=3, prior="none", **{"layer_scale": 1.0, **options}
+        "nac_digits", num_mediators=3, num_inputs=2, prior="none", **{"layer_scale": 1.0, **options}
     )
     built.load_state_dict(pruned.state_dict())
-    assert pruned.options.num_mediators == 3 and pruned.circuit(0).num_receivers == 3
+    assert (pruned.options.num_inputs, pruned.options.num_mediators) == (2, 3)
+    assert (pruned.circuit(0).num_receivers, pruned.circuit(0).num_senders) == (3, 5)
     assert torch.equal(logits(built.eval()), logits(pruned))
 
 
 def test_the_order_in_which_mediators_are_named_does_not_matter() -> None:
     model = make()
-    first, second = keep_mediators(model, [5, 1]), keep_mediators(model, torch.tensor([1, 5]))
+    first, second = (keep_latents(model, mediators=kept) for kept in ([5, 1], torch.tensor([1, 5])))
     assert torch.equal(first.mediator_latents.codes, model.mediator_latents.codes[[1, 5]])
     assert torch.equal(first.mediator_latents.codes, second.mediator_latents.codes)
     assert model.mediator_latents.num_latents == 24
@@ -82,10 +83,24 @@ def test_traffic_is_the_attention_that_others_are_expected_to_pay() -> None:
     far = torch.tensor(-1 - 0.5**0.5).exp()  # of output and input
     from_output = torch.stack([torch.tensor(1.0), near]) / (1 + near + far)
     from_each_other = near / (1 + near)
-    torch.testing.assert_close(mediator_traffic(model), from_output + 2 * from_each_other)
+    inputs, mediators = latent_traffic(model)
+    torch.testing.assert_close(mediators, from_output + 2 * from_each_other)
+    torch.testing.assert_close(inputs, far[None] / (1 + near + far))
 
 
-def test_keeping_no_mediator_or_one_that_is_not_there_is_refused() -> None:
+def test_inputs_that_are_not_heard_can_go_without_a_trace() -> None:
+    model = make(inputs_to_read_out=False)
+    signatures = model.input_latents.signatures.data
+    signatures[3:] = -model.mediator_latents.signatures.data.mean(dim=0)
+    model.mediator_latents.signatures.data += 10 * model.mediator_latents.signatures.data.mean(0)
+    inputs, _ = latent_traffic(model)
+    assert (inputs[3:] == 0).all()
+    torch.testing.assert_close(logits(keep_latents(model, inputs=range(3))), logits(model))
+
+
+def test_keeping_no_latent_or_one_that_is_not_there_is_refused() -> None:
     for kept in ([], [24], [-1]):
         with pytest.raises(ConfigError, match="of mediators 0 to 23"):
-            keep_mediators(make(), kept)
+            keep_latents(make(), mediators=kept)
+    with pytest.raises(ConfigError, match=r"cannot keep \[8\] of inputs 0 to 7"):
+        keep_latents(make(), inputs=[8])

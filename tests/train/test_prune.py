@@ -9,7 +9,7 @@ import torch
 
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import load_model
-from m2mkd.models.nac_pruning import keep_mediators, mediator_traffic
+from m2mkd.models.nac_pruning import keep_latents, latent_traffic
 from m2mkd.train import prune
 from m2mkd.train.progress import Reporter
 from m2mkd.train.prune import Point, choose, count_flops, prune_run
@@ -26,20 +26,20 @@ def short_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def points(*pairs: tuple[int, float]) -> list[Point]:
-    return [Point(count, top1, 0.0, 1, 1, 1.0, 1.0) for count, top1 in pairs]
+    return [Point(count, 8, top1, 0.0, count, count, 1.0, 1.0) for count, top1 in pairs]
 
 
 def test_the_pruned_run_holds_the_mediators_with_the_most_traffic(tmp_path: Path) -> None:
     model, recipe = write_nac_run(tmp_path / "run")
     out = tmp_path / "small"
     result = prune_run(tmp_path / "run", recipe, out, Reporter(quiet=True), mediators=0.25)
-    kept = mediator_traffic(model).topk(6).indices.sort().values
+    kept = latent_traffic(model)[1].topk(6).indices.sort().values
     assert result["kept"] == kept.tolist() and (result["mediators"], result["of"]) == (6, 24)
     pruned, checkpoint = load_model(out)
     assert checkpoint.card.model_args["num_mediators"] == 6
     images = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
-        assert torch.equal(pruned(images), keep_mediators(model, kept)(images))
+        assert torch.equal(pruned(images), keep_latents(model, mediators=kept)(images))
     assert json.loads((out / "pruning.json").read_text()) == result
     assert (out / "pruning.png").stat().st_size > 10_000
     assert (out / "samples" / "00000_0.png").read_bytes() == b"an image"
@@ -57,10 +57,25 @@ def test_the_curve_runs_from_all_mediators_to_few_and_holds_the_chosen(tmp_path:
     assert all(point["circuit_ms"] > 0 < point["circuit_ms_per_image"] for point in result["curve"])
 
 
+def test_inputs_can_be_pruned_as_well(tmp_path: Path) -> None:
+    model, recipe = write_nac_run(tmp_path / "run")
+    source, out = tmp_path / "run", tmp_path / "small"
+    result = prune_run(source, recipe, out, Reporter(quiet=True), mediators=1.0, inputs=0.5)
+    assert result["kept_inputs"] == sorted(latent_traffic(model)[0].topk(4).indices.tolist())
+    sizes = [(point["mediators"], point["inputs"]) for point in result["curve"]]
+    assert sizes == [(24, 8), (24, 4), (3, 4), (1, 4)]
+    assert (result["pruned"]["mediators"], result["pruned"]["inputs"]) == (24, 4)
+    pruned, _ = load_model(out)
+    images = torch.randn(2, 1, 8, 8)
+    expected = keep_latents(model, inputs=result["kept_inputs"])
+    with torch.no_grad():
+        assert torch.equal(pruned(images), expected(images))
+
+
 def test_operations_are_those_of_the_matrix_products_and_edges(tmp_path: Path) -> None:
     model, _ = write_nac_run(tmp_path / "run")
     circuit, total = count_flops(model, torch.randn(1, 1, 8, 8))
-    fewer = keep_mediators(model, range(1, 24))
+    fewer = keep_latents(model, mediators=range(1, 24))
     links = [model.circuit(i).num_edges - fewer.circuit(i).num_edges for i in range(3)]
     # A mediator less: as receiver its query, exit and FFN, as sender keys and values, with 64
     # channels everywhere, in two propagators; its keys and values in the read-out; its codes (32)
@@ -87,7 +102,7 @@ def test_fine_tuning_trains_the_pruned_network(tmp_path: Path) -> None:
     result = prune_run(source, recipe, out, Reporter(quiet=True), budget=100.0, finetune=2)
     assert result["mediators"] == 1 and result["finetuned"]["epochs"] == 2
     tuned, _ = load_model(out)
-    before = keep_mediators(model, result["kept"])
+    before = keep_latents(model, mediators=result["kept"])
     assert not torch.equal(tuned.mediator_latents.codes, before.mediator_latents.codes)
     assert result["finetuned"]["loss"] < result["pruned"]["loss"]
 
@@ -99,6 +114,7 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: P
         ({"mediators": 0.5, "budget": 1.0}, "give either"),
         ({"mediators": 1.5}, "mediators=1.5 is no share"),
         ({"budget": -1.0}, "budget=-1.0 is not in 0 to 100"),
+        ({"budget": 1.0, "inputs": 0.0}, "inputs=0.0 is no share"),
         ({"budget": 1.0, "finetune": -2}, "finetune=-2 epochs"),
     ):
         with pytest.raises(ConfigError, match=message):
