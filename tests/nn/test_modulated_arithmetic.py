@@ -1,4 +1,4 @@
-"""Modulated linear layers keep their inputs alone, and have the derivatives of what they compute."""
+"""Modulated linear layers keep their inputs alone, and derive what they compute."""
 
 import pytest
 import torch
