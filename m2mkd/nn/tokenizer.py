@@ -99,6 +99,6 @@ class ConvNeXtTokenizer(nn.Module):
                 f"{self.grid_size}, for images of {self.img_size}"
             )
         if self.grid is not None:
-            features = torch.cat([features, self.grid.expand(len(features), -1, -1, -1)], dim=1)
+            features = torch.cat([features, self.grid.expand(features.shape[0], -1, -1, -1)], dim=1)
         tokens: Tensor = features.flatten(2).transpose(1, 2)
         return tokens

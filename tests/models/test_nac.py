@@ -176,6 +176,19 @@ def test_a_fixed_circuit_compiles_as_one_graph(images: torch.Tensor) -> None:
         torch.testing.assert_close(compiled(images), expected)
 
 
+@pytest.mark.parametrize("impl", ["auto", "dense"])
+def test_a_fixed_circuit_is_exported_for_batches_of_any_size(impl: str) -> None:
+    nac = make(depth=1).eval()
+    nac.set_attention_impl(impl)
+    nac.fix_circuits()
+    images = torch.randn(5, 1, 8, 8)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(nac, (images,), dynamic_shapes=({0: batch},))
+        for count in (1, 3, 5):
+            torch.testing.assert_close(program.module()(images[:count]), nac(images[:count]))
+
+
 # torch's own tracer asks a tensor for a gradient it does not have.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_compiled_model_in_training_follows_its_signatures(images: torch.Tensor) -> None:
