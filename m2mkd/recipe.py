@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from m2mkd.errors import ConfigError, did_you_mean
 
@@ -39,6 +46,9 @@ class Augmentation(_Section):
     color_jitter: float = Field(0.0, ge=0.0, description="strength of colour jitter")
     auto_augment: str | None = Field(None, description="timm policy, such as rand-m9-mstd0.5-inc1")
     random_erase: Fraction = Field(0.0, description="probability of random erasing")
+    repeats: Positive = Field(
+        1, description="repeated augmentation: copies of an image in an epoch of the same length"
+    )
     mixup: float = Field(0.0, ge=0.0, description="mixup alpha")
     cutmix: float = Field(0.0, ge=0.0, description="cutmix alpha")
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="smoothing of the targets")
@@ -59,14 +69,30 @@ class Augmentation(_Section):
         return self.mixup > 0.0 or self.cutmix > 0.0
 
 
+DATASETS = (
+    "digits",
+    "fashion_mnist",
+    "image_folder",
+    "cifar10",
+    "cifar100",
+    "cub",
+    "tiny_imagenet",
+    "imagenet",
+    "imagenet_r",
+    "imagenet_a",
+    "tiny_imagenet_r",
+)
+# They hold no training images.
+EVALUATION_ONLY = ("imagenet_r", "imagenet_a", "tiny_imagenet_r")
+
+
 class DataConfig(_Section):
     """Where images come from and how they are prepared."""
 
-    dataset: Literal["digits", "fashion_mnist", "image_folder"] = Field(
-        description="digits: scikit-learn's, embedded; fashion_mnist: idx files; image_folder: "
-        "train/CLASS/* and val/CLASS/*"
+    dataset: str = Field(description="which images; see the table of data sets")
+    root: Path | None = Field(
+        None, description="folder of the data set; not needed for digits and hfds/"
     )
-    root: Path | None = Field(None, description="folder of the data set; not needed for digits")
     image_size: Positive = Field(224, description="height and width fed to the models, in pixels")
     channels: Literal[1, 3] = Field(3, description="1 for greyscale, 3 for RGB")
     mean: tuple[float, ...] | None = Field(None, description="per channel; default 0.5")
@@ -84,9 +110,21 @@ class DataConfig(_Section):
     )
     augment: Augmentation = Augmentation()
 
+    @field_validator("dataset")
+    @classmethod
+    def _check_dataset(cls, value: str) -> str:
+        family, _, name = value.partition("/")
+        is_known = value in DATASETS or family == "wds" or (family == "hfds" and name)
+        if not is_known or (family == "wds" and "/" not in value):
+            raise ValueError(
+                f"{value!r} is none of {', '.join(DATASETS)}, hfds/NAME, wds/ or wds/PREFIX"
+                f"{did_you_mean(value, DATASETS)}"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.dataset != "digits" and self.root is None:
+        if self.root is None and not self.dataset.startswith(("digits", "hfds/")):
             raise ValueError(f"dataset {self.dataset} needs a folder; set data.root")
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -244,6 +282,15 @@ class Recipe(_Section):
         description="end_to_end_only: the student alone, same end-to-end schedule; equal_updates: "
         "alone, for distill + end_to_end epochs; logit_kd: taught by the whole teacher's logits",
     )
+
+    @model_validator(mode="after")
+    def _check_data(self) -> "Recipe":
+        if self.data.dataset in EVALUATION_ONLY:
+            raise ValueError(
+                f"{self.data.dataset} has no training images; evaluate a run on it with "
+                f"`m2mkd evaluate RUN --data dataset={self.data.dataset} --data root=FOLDER`"
+            )
+        return self
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from m2mkd.errors import DataError
 from m2mkd.recipe import DataConfig
 from m2mkd.train.augment import Preparation, global_generators_kept, preprocessing
-from m2mkd.train.datasets import ImageDataset, load_datasets, spread_over_classes
+from m2mkd.train.datasets import load_datasets, spread_over_classes
+from m2mkd.train.image_set import ImageDataset
 
 __all__ = ["ImageData", "ImageDataset", "load_datasets"]
 
@@ -31,7 +32,10 @@ class _Batch(NamedTuple):
 
 
 class _BatchReader(Dataset[_Batch]):
-    """Reads, augments and normalises whole batches; runs in the workers."""
+    """Reads, augments and normalises whole batches; runs in the workers.
+
+    Positions at and past the number of images N are further copies: p is copy p // N of p % N.
+    """
 
     def __init__(self, images: ImageDataset, preparation: Preparation, key: str) -> None:
         self._images = images
@@ -44,13 +48,14 @@ class _BatchReader(Dataset[_Batch]):
         labels: list[int] = []
         unreadable: list[tuple[int, str]] = []
         with global_generators_kept():
-            for index in indices:
+            for position in indices:
+                copy, index = divmod(position, len(self._images))
                 try:
                     image = self._images.image(index)
                 except DataError as error:
                     unreadable.append((index, str(error)))
                     continue
-                keys.append(f"{self._key}/{index}")
+                keys.append(f"{self._key}/{index}" if not copy else f"{self._key}/{index}/{copy}")
                 labels.append(self._images.label(index))
                 pixels.append(self._preparation.transform(image, keys[-1]))
             images_BCHW = self._preparation.finish(pixels, keys) if pixels else torch.empty(0)
@@ -109,7 +114,14 @@ class ImageData:
         """
         key = f"{self._seed}/{epoch}"
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
-        order = torch.randperm(len(self.train), generator=generator).tolist()
+        order_N = torch.randperm(len(self.train), generator=generator)
+        repeats = self._config.augment.repeats
+        if repeats > 1:
+            # As timm's RepeatAugSampler: copies side by side, and an epoch of the usual length.
+            # Position p is copy p // N of image p % N.
+            copies_NR = order_N[:, None] + len(self.train) * torch.arange(repeats)
+            order_N = copies_NR.flatten()[: len(self.train)]
+        order = order_N.tolist()
         size = self._config.batch_size
         batches = [
             order[step * size : (step + 1) * size]

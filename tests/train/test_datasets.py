@@ -11,7 +11,8 @@ from PIL import Image
 
 from m2mkd.errors import DataError
 from m2mkd.recipe import DataConfig
-from m2mkd.train.datasets import ImageDataset, load_datasets, read_image, spread_over_classes
+from m2mkd.train.datasets import load_datasets, spread_over_classes
+from m2mkd.train.image_set import ImageDataset, read_image
 
 NUM_TRAIN, NUM_VALIDATION = 30, 20
 
