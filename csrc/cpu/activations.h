@@ -100,7 +100,6 @@ M2MKD_INLINE Logistic logistic(float x) {
 }
 
 struct Gelu {
-  static constexpr const char* name = "gelu";
   // The value alone, in half the instructions: cdf(x) - 1/2 is x P(x^2) / Q(x^2), fitted to 1.7e-8
   // relative on |x| < 5.5. Unlike at(), its relative error grows in the negative tail, where 1/2
   // cancels; it stays below a unit in the last place of x.
@@ -135,7 +134,6 @@ struct Gelu {
 
 // x * logistic(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x (1 + tanh u) / 2.
 struct GeluTanh {
-  static constexpr const char* name = "gelu_tanh";
   template <typename A>
   M2MKD_INLINE static A value(A x) {
     return at(x).y;
@@ -158,7 +156,6 @@ struct GeluTanh {
 };
 
 struct Silu {
-  static constexpr const char* name = "silu";
   template <typename A>
   M2MKD_INLINE static A value(A x) {
     return at(x).y;
@@ -177,7 +174,6 @@ struct Silu {
 };
 
 struct Relu {
-  static constexpr const char* name = "relu";
   template <typename A>
   M2MKD_INLINE static A value(A x) {
     return x < A(0) ? A(0) : x;

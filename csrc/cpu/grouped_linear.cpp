@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../moe_arguments.h"
 #include "../plan.h"
 #include "experts.h"
 #include "gemm.h"
@@ -12,29 +12,9 @@ namespace m2mkd::cpu {
 
 namespace {
 
-struct GroupedArguments {
-  Tensor rows, weight;
-  std::vector<int64_t> bounds;
-  int64_t experts, in, out, count;
-};
-
-GroupedArguments check_grouped(const char* op, const Tensor& rows, const Tensor& weight,
-                               const Tensor& offsets) {
-  check_rank(op, "rows", rows, 2);
-  check_rank(op, "weight", weight, 3);
-  const int64_t experts = weight.size(0), in = weight.size(2), count = rows.size(0);
-  check_shape(op, "rows", rows, {count, in});
-  check_shape(op, "offsets", offsets, {experts + 1});
-  check_dtype(op, "weight", weight, rows.scalar_type());
-  check_dtype(op, "offsets", offsets, ScalarType::Int);
-  const Tensor flat = torch::stable::contiguous(offsets);
-  return {torch::stable::contiguous(rows),
-          torch::stable::contiguous(weight),
-          check_offsets(op, const_data<int32_t>(flat), experts, count),
-          experts,
-          in,
-          weight.size(1),
-          count};
+// Where each expert's rows begin and end.
+std::vector<int64_t> bounds_of(const char* op, const Grouped& a) {
+  return check_offsets(op, const_data<int32_t>(a.offsets), a.experts, a.count);
 }
 
 // Column sums of rows [begin, end) in order of rows; every column has one writer.
@@ -61,18 +41,16 @@ void sum_columns(const T* rows, int64_t begin, int64_t end, int64_t width, T* ou
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias_any,
                       const Tensor& offsets) {
   const char* op = "grouped_linear";
-  const GroupedArguments a = check_grouped(op, rows, weight, offsets);
-  const std::optional<Tensor> bias = contiguous(bias_any);
-  if (bias) {
-    check_shape(op, "bias", *bias, {a.experts, a.out});
-    check_dtype(op, "bias", *bias, a.rows.scalar_type());
-  }
+  const Grouped a = check_grouped(op, rows, weight, offsets);
+  const std::vector<int64_t> bounds = bounds_of(op, a);
+  const std::optional<Tensor> bias =
+      check_bias(op, "bias", bias_any, a.experts, a.out, a.rows.scalar_type());
   Tensor result = new_empty(a.rows, {a.count, a.out}, a.rows.scalar_type());
   dispatch_float(op, a.rows.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* out = mutable_data<T>(result);
     for (int64_t e = 0; e < a.experts; ++e) {
-      const int64_t begin = a.bounds[e], n = a.bounds[e + 1] - begin;
+      const int64_t begin = bounds[e], n = bounds[e + 1] - begin;
       if (n == 0) {
         continue;
       }
@@ -87,7 +65,7 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, std::optional<Te
         multiply(product, left, right);
       }
     }
-    std::fill(out + a.bounds.back() * a.out, out + a.count * a.out, T(0));
+    std::fill(out + bounds.back() * a.out, out + a.count * a.out, T(0));
   });
   return result;
 }
@@ -97,11 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_an
                                                            const Tensor& offsets, bool needs_rows,
                                                            bool needs_weight) {
   const char* op = "grouped_linear_backward";
-  const GroupedArguments a = check_grouped(op, rows, weight, offsets);
+  const Grouped a = check_grouped(op, rows, weight, offsets);
+  const std::vector<int64_t> bounds = bounds_of(op, a);
   const ScalarType dtype = a.rows.scalar_type();
-  check_shape(op, "grad", grad_any, {a.count, a.out});
-  check_dtype(op, "grad", grad_any, dtype);
-  const Tensor grad = torch::stable::contiguous(grad_any);
+  const Tensor grad = check_grouped_grad(op, a, grad_any);
   const int64_t experts = needs_weight ? a.experts : 0;
   Tensor rows_grad = new_empty(a.rows, {needs_rows ? a.count : 0, a.in}, dtype);
   Tensor weight_grad = new_zeros(a.rows, {experts, a.out, a.in}, dtype);
@@ -111,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_an
     const T* upstream = const_data<T>(grad);
     T* down = mutable_data<T>(rows_grad);
     for (int64_t e = 0; e < a.experts; ++e) {
-      const int64_t begin = a.bounds[e], n = a.bounds[e + 1] - begin;
+      const int64_t begin = bounds[e], n = bounds[e + 1] - begin;
       if (n == 0) {
         continue;
       }
@@ -127,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_an
       }
     }
     if (needs_rows) {
-      std::fill(down + a.bounds.back() * a.in, down + a.count * a.in, T(0));
+      std::fill(down + bounds.back() * a.in, down + a.count * a.in, T(0));
     }
   });
   return {rows_grad, weight_grad, bias_grad};

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "../checks.h"
+#include "../moe_arguments.h"
 #include "../plan.h"
 #include "parallel.h"
 #include "rows.h"
@@ -17,17 +17,6 @@ namespace m2mkd::cpu {
 namespace {
 
 enum class GateMode { selected, all, all_renorm };
-
-GateMode parse_mode(const char* op, const std::string& mode) {
-  if (mode == "softmax_selected") {
-    return GateMode::selected;
-  }
-  if (mode == "softmax_all") {
-    return GateMode::all;
-  }
-  STD_TORCH_CHECK(mode == "softmax_all_renorm", op, ": unknown mode ", mode);
-  return GateMode::all_renorm;
-}
 
 // Writes the k largest of n values to top in falling order; equal values keep their order.
 template <typename T>
@@ -74,7 +63,7 @@ compute_t<T> denominator(const T* logits, int64_t n, const int32_t* top, int64_t
 std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::string mode_name) {
   const char* op = "topk_gate";
   check_rank(op, "logits", logits_any, 2);
-  const GateMode mode = parse_mode(op, mode_name);
+  const GateMode mode = parse_gate_mode<GateMode>(op, mode_name);
   const int64_t tokens = logits_any.size(0), experts = logits_any.size(1);
   STD_TORCH_CHECK(k >= 1 && k <= experts, op, ": k=", k, " with ", experts, " experts");
   const Tensor logits = torch::stable::contiguous(logits_any);
@@ -104,28 +93,20 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
 
 // With p the softmax over the experts that count and g the gradient of the chosen weights:
 // d logit_e = p_e (g_e - sum_j g_j p_j), g_e = 0 where e was not chosen.
-Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any,
-                          const Tensor& chosen_any, std::string mode_name) {
+Tensor topk_gate_backward(const Tensor& grad, const Tensor& logits, const Tensor& chosen,
+                          std::string mode_name) {
   const char* op = "topk_gate_backward";
-  const GateMode mode = parse_mode(op, mode_name);
-  check_rank(op, "logits", logits_any, 2);
-  check_rank(op, "grad", grad_any, 2);
-  const int64_t tokens = logits_any.size(0), experts = logits_any.size(1), k = grad_any.size(1);
-  check_shape(op, "grad", grad_any, {tokens, k});
-  check_shape(op, "experts", chosen_any, {tokens, k});
-  check_dtype(op, "grad", grad_any, logits_any.scalar_type());
-  check_dtype(op, "experts", chosen_any, ScalarType::Int);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor logits = torch::stable::contiguous(logits_any);
-  const Tensor chosen = torch::stable::contiguous(chosen_any);
-  check_entries(op, "experts", const_data<int32_t>(chosen), tokens * k, 0, experts);
-  Tensor result = new_zeros(logits, {tokens, experts}, logits.scalar_type());
-  dispatch_float(op, logits.scalar_type(), [&](auto tag) {
+  const GateMode mode = parse_gate_mode<GateMode>(op, mode_name);
+  const GateGradient a = check_gate_gradient(op, grad, logits, chosen);
+  const int64_t tokens = a.tokens, experts = a.experts, k = a.k;
+  check_entries(op, "experts", const_data<int32_t>(a.chosen), tokens * k, 0, experts);
+  Tensor result = new_zeros(a.logits, {tokens, experts}, a.logits.scalar_type());
+  dispatch_float(op, a.logits.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
-    const T* logit = const_data<T>(logits);
-    const T* upstream = const_data<T>(grad);
-    const int32_t* choice = const_data<int32_t>(chosen);
+    const T* logit = const_data<T>(a.logits);
+    const T* upstream = const_data<T>(a.grad);
+    const int32_t* choice = const_data<int32_t>(a.chosen);
     T* out = mutable_data<T>(result);
     parallel_items(tokens, experts * 64, [&](int64_t begin, int64_t end) {
       std::vector<A> down(experts);
@@ -160,31 +141,16 @@ Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any,
 // Stable counting sort of choices by expert. Choices are listed token by token; with a capacity,
 // choice by choice (all first choices, then all second ones...) with tokens in the given order, and
 // what comes after an expert's capacity-th choice is dropped. Rows are numbered in listing order.
-std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
-                                            std::optional<Tensor> order_any, int64_t experts,
-                                            std::optional<int64_t> capacity) {
+std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen, std::optional<Tensor> order,
+                                            int64_t experts, std::optional<int64_t> capacity) {
   const char* op = "moe_plan";
-  check_rank(op, "experts", chosen_any, 2);
-  check_dtype(op, "experts", chosen_any, ScalarType::Int);
-  const int64_t tokens = chosen_any.size(0), k = chosen_any.size(1), total = tokens * k;
-  check_int32_range(op, "T*K", total);
-  STD_TORCH_CHECK(experts >= 1 && (!capacity || *capacity >= 1), op,
-                  ": needs at least one expert and a capacity of at least 1");
-  const Tensor chosen = torch::stable::contiguous(chosen_any);
-  const std::optional<Tensor> order = contiguous(order_any);
-  if (order) {
-    check_shape(op, "order", *order, {tokens});
-    check_dtype(op, "order", *order, ScalarType::Long);
-  }
-  const int32_t* choice = const_data<int32_t>(chosen);
+  const Choices a = check_choices(op, chosen, order, experts, capacity);
+  const int64_t tokens = a.tokens, k = a.k, total = a.total;
+  const int32_t* choice = const_data<int32_t>(a.chosen);
   check_entries(op, "experts", choice, total, 0, experts);
-  const int64_t limit = capacity.value_or(total);
-  // experts * limit may not fit in 64 bits, so compare by division.
-  const int64_t rows =
-      capacity && limit < (total + experts - 1) / experts ? experts * limit : total;
-  Tensor row_of = new_empty(chosen, {tokens, k}, ScalarType::Int);
-  Tensor token_of = new_empty(chosen, {rows}, ScalarType::Int);
-  Tensor offsets = new_empty(chosen, {experts + 1}, ScalarType::Int);
+  Tensor row_of = new_empty(a.chosen, {tokens, k}, ScalarType::Int);
+  Tensor token_of = new_empty(a.chosen, {a.rows}, ScalarType::Int);
+  Tensor offsets = new_empty(a.chosen, {experts + 1}, ScalarType::Int);
   int32_t* row = mutable_data<int32_t>(row_of);
   int32_t* token = mutable_data<int32_t>(token_of);
   int32_t* offset = mutable_data<int32_t>(offsets);
@@ -194,10 +160,10 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
     ++next[choice[i] + 1];
   }
   for (int64_t e = 0; e < experts; ++e) {
-    next[e + 1] = next[e] + std::min(next[e + 1], limit);
+    next[e + 1] = next[e] + std::min(next[e + 1], a.limit);
   }
   std::copy(next.begin(), next.end(), offset);
-  std::fill(token + offset[experts], token + rows, -1);
+  std::fill(token + offset[experts], token + a.rows, -1);
   const auto place = [&](int64_t t, int64_t j) {
     const int32_t e = choice[t * k + j];
     if (next[e] < offset[e + 1]) {
@@ -213,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
     }
     return {row_of, token_of, offsets};
   }
-  const int64_t* rank = const_data<int64_t>(order);
+  const int64_t* rank = const_data<int64_t>(a.order);
   if (rank != nullptr) {
     for (int64_t i = 0; i < tokens; ++i) {
       STD_TORCH_CHECK(rank[i] >= 0 && rank[i] < tokens, op, ": order[", i, "] is ", rank[i]);
@@ -227,19 +193,15 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
   return {row_of, token_of, offsets};
 }
 
-Tensor moe_gather(const Tensor& x_any, const Tensor& /*row_of*/, const Tensor& token_of_any) {
+Tensor moe_gather(const Tensor& x, const Tensor& /*row_of*/, const Tensor& token_of) {
   const char* op = "moe_gather";
-  check_rank(op, "x", x_any, 2);
-  check_rank(op, "token_of", token_of_any, 1);
-  check_dtype(op, "token_of", token_of_any, ScalarType::Int);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor token_of = torch::stable::contiguous(token_of_any);
-  const int64_t rows = token_of.size(0), width = x.size(1);
-  const int32_t* token = const_data<int32_t>(token_of);
-  check_entries(op, "token_of", token, rows, -1, x.size(0));
-  Tensor out = new_empty(x, {rows, width}, x.scalar_type());
-  const int64_t bytes = width * static_cast<int64_t>(x.element_size());
-  const char* from = const_data<char>(x);
+  const Gathering a = check_gather(op, x, token_of);
+  const int64_t rows = a.rows;
+  const int32_t* token = const_data<int32_t>(a.token_of);
+  check_entries(op, "token_of", token, rows, -1, a.x.size(0));
+  Tensor out = new_empty(a.x, {rows, a.width}, a.x.scalar_type());
+  const int64_t bytes = a.width * static_cast<int64_t>(a.x.element_size());
+  const char* from = const_data<char>(a.x);
   char* to = mutable_data<char>(out);
   parallel_items(rows, 2 * bytes, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -277,72 +239,51 @@ void sum_rows(const T* rows, const int32_t* row_of, const compute_t<T>* weight, 
 
 }  // namespace
 
-Tensor moe_gather_backward(const Tensor& grad_any, const Tensor& row_of_any) {
+namespace {
+
+// Checks the values of row_of too.
+TokenRows check_values(const char* op, TokenRows a) {
+  check_entries(op, "row_of", const_data<int32_t>(a.row_of), a.tokens * a.k, -1, a.rows.size(0));
+  return a;
+}
+
+Tensor sum_token_rows(const char* op, const TokenRows& a) {
+  Tensor out = new_empty(a.rows, {a.tokens, a.width}, a.rows.scalar_type());
+  dispatch_float(op, a.rows.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    sum_rows<T>(const_data<T>(a.rows), const_data<int32_t>(a.row_of),
+                const_data<compute_t<T>>(a.weights), mutable_data<T>(out), a.tokens, a.k, a.width);
+  });
+  return out;
+}
+
+}  // namespace
+
+Tensor moe_gather_backward(const Tensor& grad, const Tensor& row_of) {
   const char* op = "moe_gather_backward";
-  check_rank(op, "grad", grad_any, 2);
-  check_rank(op, "row_of", row_of_any, 2);
-  check_dtype(op, "row_of", row_of_any, ScalarType::Int);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor row_of = torch::stable::contiguous(row_of_any);
-  const int64_t tokens = row_of.size(0), k = row_of.size(1), width = grad.size(1);
-  const int32_t* row = const_data<int32_t>(row_of);
-  check_entries(op, "row_of", row, tokens * k, -1, grad.size(0));
-  Tensor out = new_empty(grad, {tokens, width}, grad.scalar_type());
-  dispatch_float(op, grad.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    sum_rows<T>(const_data<T>(grad), row, nullptr, mutable_data<T>(out), tokens, k, width);
-  });
-  return out;
+  return sum_token_rows(op, check_values(op, check_token_rows(op, grad, std::nullopt, row_of)));
 }
 
-Tensor moe_combine(const Tensor& rows_any, const Tensor& weights_any, const Tensor& row_of_any) {
+Tensor moe_combine(const Tensor& rows, const Tensor& weights, const Tensor& row_of) {
   const char* op = "moe_combine";
-  check_rank(op, "rows", rows_any, 2);
-  check_rank(op, "row_of", row_of_any, 2);
-  check_dtype(op, "row_of", row_of_any, ScalarType::Int);
-  check_dtype(op, "weights", weights_any, compute_dtype(rows_any.scalar_type()));
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of = torch::stable::contiguous(row_of_any);
-  const int64_t tokens = row_of.size(0), k = row_of.size(1), width = rows.size(1);
-  check_shape(op, "weights", weights, {tokens, k});
-  const int32_t* row = const_data<int32_t>(row_of);
-  check_entries(op, "row_of", row, tokens * k, -1, rows.size(0));
-  Tensor out = new_empty(rows, {tokens, width}, rows.scalar_type());
-  dispatch_float(op, rows.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    sum_rows<T>(const_data<T>(rows), row, const_data<compute_t<T>>(weights), mutable_data<T>(out),
-                tokens, k, width);
-  });
-  return out;
+  return sum_token_rows(op, check_values(op, check_token_rows(op, rows, weights, row_of)));
 }
 
-std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad_any, const Tensor& rows_any,
-                                                const Tensor& weights_any,
-                                                const Tensor& row_of_any) {
+std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad_any, const Tensor& rows,
+                                                const Tensor& weights, const Tensor& row_of) {
   const char* op = "moe_combine_backward";
-  check_rank(op, "rows", rows_any, 2);
-  check_rank(op, "row_of", row_of_any, 2);
-  check_dtype(op, "row_of", row_of_any, ScalarType::Int);
-  check_dtype(op, "grad", grad_any, rows_any.scalar_type());
-  check_dtype(op, "weights", weights_any, compute_dtype(rows_any.scalar_type()));
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of = torch::stable::contiguous(row_of_any);
-  const int64_t tokens = row_of.size(0), k = row_of.size(1), width = rows.size(1);
-  check_shape(op, "weights", weights, {tokens, k});
-  check_shape(op, "grad", grad, {tokens, width});
-  const int32_t* row = const_data<int32_t>(row_of);
-  check_entries(op, "row_of", row, tokens * k, -1, rows.size(0));
-  Tensor grad_rows = new_zeros(rows, {rows.size(0), width}, rows.scalar_type());
-  Tensor grad_weights = new_zeros(weights, {tokens, k}, weights.scalar_type());
-  dispatch_float(op, rows.scalar_type(), [&](auto tag) {
+  const TokenRows a = check_values(op, check_token_rows(op, rows, weights, row_of));
+  const Tensor grad = check_token_grad(op, a, grad_any);
+  const int64_t tokens = a.tokens, k = a.k, width = a.width;
+  const int32_t* row = const_data<int32_t>(a.row_of);
+  Tensor grad_rows = new_zeros(a.rows, {a.rows.size(0), width}, a.rows.scalar_type());
+  Tensor grad_weights = new_zeros(*a.weights, {tokens, k}, a.weights->scalar_type());
+  dispatch_float(op, a.rows.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
     const T* upstream = const_data<T>(grad);
-    const T* source = const_data<T>(rows);
-    const A* weight = const_data<A>(weights);
+    const T* source = const_data<T>(a.rows);
+    const A* weight = const_data<A>(a.weights);
     T* down = mutable_data<T>(grad_rows);
     A* weight_grad = mutable_data<A>(grad_weights);
     parallel_items(tokens, 3 * k * width * int64_t{sizeof(T)}, [&](int64_t begin, int64_t end) {

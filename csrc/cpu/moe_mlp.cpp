@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../moe_arguments.h"
 #include "../plan.h"
 #include "experts.h"
 #include "gemm.h"
@@ -23,67 +23,17 @@ constexpr int64_t kForwardRows = 2048;
 template <typename T>
 constexpr int64_t kBackwardRows = sizeof(T) == 2 ? 4096 : 1024;
 
-// The arguments shared by forward and backward, made contiguous and checked.
-struct MlpArguments {
-  Tensor x, weights, row_of, token_of, fc1_weight, fc2_weight;
-  std::optional<Tensor> fc1_bias, fc2_bias;
+// Checked arguments with the values of the plan looked at: bounds are offsets.
+struct MlpArguments : MlpTensors {
   std::vector<int64_t> bounds;
-  int64_t tokens, k, width, hidden, experts, rows;
   Activation act;
-  ScalarType dtype;
 };
 
-MlpArguments check_mlp(const char* op, const Tensor& x, const Tensor& weights, const Tensor& row_of,
-                       const Tensor& token_of, const Tensor& offsets, const Tensor& fc1_weight,
-                       const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-                       const std::optional<Tensor>& fc2_bias, const std::string& activation) {
-  check_rank(op, "x", x, 2);
-  check_rank(op, "row_of", row_of, 2);
-  check_rank(op, "token_of", token_of, 1);
-  check_rank(op, "fc1_weight", fc1_weight, 3);
-  const int64_t tokens = x.size(0), width = x.size(1), k = row_of.size(1);
-  const int64_t experts = fc1_weight.size(0), hidden = fc1_weight.size(1);
-  const ScalarType dtype = x.scalar_type();
-  check_shape(op, "row_of", row_of, {tokens, k});
-  check_shape(op, "weights", weights, {tokens, k});
-  check_shape(op, "offsets", offsets, {experts + 1});
-  check_shape(op, "fc1_weight", fc1_weight, {experts, hidden, width});
-  check_shape(op, "fc2_weight", fc2_weight, {experts, width, hidden});
-  for (const auto& [name, bias, size] :
-       {std::tuple{"fc1_bias", &fc1_bias, hidden}, std::tuple{"fc2_bias", &fc2_bias, width}}) {
-    if (*bias) {
-      check_shape(op, name, **bias, {experts, size});
-      check_dtype(op, name, **bias, dtype);
-    }
-  }
-  check_dtype(op, "fc1_weight", fc1_weight, dtype);
-  check_dtype(op, "fc2_weight", fc2_weight, dtype);
-  check_dtype(op, "weights", weights, compute_dtype(dtype));
-  for (const auto& [name, part] : {std::pair{"row_of", &row_of}, std::pair{"token_of", &token_of},
-                                   std::pair{"offsets", &offsets}}) {
-    check_dtype(op, name, *part, ScalarType::Int);
-  }
-  using torch::stable::contiguous;
-  const Tensor flat_offsets = contiguous(offsets);
-  MlpArguments a{contiguous(x),
-                 contiguous(weights),
-                 contiguous(row_of),
-                 contiguous(token_of),
-                 contiguous(fc1_weight),
-                 contiguous(fc2_weight),
-                 m2mkd::contiguous(fc1_bias),
-                 m2mkd::contiguous(fc2_bias),
-                 check_offsets(op, const_data<int32_t>(flat_offsets), experts, token_of.size(0)),
-                 tokens,
-                 k,
-                 width,
-                 hidden,
-                 experts,
-                 token_of.size(0),
-                 parse_activation(op, activation),
-                 dtype};
-  check_entries(op, "token_of", const_data<int32_t>(a.token_of), a.bounds.back(), 0, tokens);
-  check_entries(op, "row_of", const_data<int32_t>(a.row_of), tokens * k, -1, a.bounds.back());
+MlpArguments check_values(const char* op, MlpTensors tensors, const std::string& activation) {
+  MlpArguments a{std::move(tensors), {}, parse_activation<Activation>(op, activation)};
+  a.bounds = check_offsets(op, const_data<int32_t>(a.offsets), a.experts, a.rows);
+  check_entries(op, "token_of", const_data<int32_t>(a.token_of), a.bounds.back(), 0, a.tokens);
+  check_entries(op, "row_of", const_data<int32_t>(a.row_of), a.tokens * a.k, -1, a.bounds.back());
   return a;
 }
 
@@ -343,11 +293,13 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const
                                    const Tensor& fc1_weight, std::optional<Tensor> fc1_bias,
                                    const Tensor& fc2_weight, std::optional<Tensor> fc2_bias,
                                    std::string activation, bool save) {
-  const MlpArguments a = check_mlp("moe_mlp", x, weights, row_of, token_of, offsets, fc1_weight,
-                                   fc1_bias, fc2_weight, fc2_bias, activation);
-  return dispatch_float("moe_mlp", a.dtype, [&](auto tag) {
-    return mlp_forward<typename decltype(tag)::type>(a, save);
-  });
+  const char* op = "moe_mlp";
+  const MlpArguments a = check_values(op,
+                                      check_mlp(op, x, weights, row_of, token_of, offsets,
+                                                fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+                                      activation);
+  return dispatch_float(
+      op, a.dtype, [&](auto tag) { return mlp_forward<typename decltype(tag)::type>(a, save); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
@@ -356,12 +308,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     std::optional<Tensor> fc1_bias, const Tensor& fc2_weight, std::optional<Tensor> fc2_bias,
     std::string activation, bool needs_x, bool needs_fc1, bool needs_fc2) {
   const char* op = "moe_mlp_backward";
-  const MlpArguments a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
-                                   fc2_weight, fc2_bias, activation);
-  check_shape(op, "grad", grad, {a.tokens, a.width});
-  check_dtype(op, "grad", grad, a.dtype);
-  check_dtype(op, "hidden", hidden, a.dtype);
-  check_shape(op, "hidden", hidden, {hidden.size(0) == 0 ? 0 : a.rows, a.hidden});
+  const MlpArguments a = check_values(op,
+                                      check_mlp(op, x, weights, row_of, token_of, offsets,
+                                                fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+                                      activation);
+  check_mlp_gradient(op, a, grad, hidden);
   const auto parts = [&](bool needed, const std::vector<int64_t>& sizes) {
     std::vector<int64_t> found = sizes;
     found[0] = needed ? found[0] : 0;

@@ -141,15 +141,4 @@ M2MKD_DEFINE_ROWS(double)
 M2MKD_DEFINE_ROWS(c10::Half)
 M2MKD_DEFINE_ROWS(c10::BFloat16)
 
-Activation parse_activation(const char* op, const std::string& name) {
-  for (const auto& [known, act] :
-       {std::pair{Gelu::name, Activation::gelu}, std::pair{GeluTanh::name, Activation::gelu_tanh},
-        std::pair{Relu::name, Activation::relu}, std::pair{Silu::name, Activation::silu}}) {
-    if (name == known) {
-      return act;
-    }
-  }
-  STD_TORCH_CHECK(false, op, ": unknown activation ", name, "; use gelu, gelu_tanh, relu or silu");
-}
-
 }  // namespace m2mkd::cpu

@@ -12,8 +12,6 @@ namespace m2mkd::cpu {
 
 enum class Activation { gelu, gelu_tanh, relu, silu };
 
-Activation parse_activation(const char* op, const std::string& name);
-
 // What the backward of activation and combine weight does to one row of width n:
 //   weighted = w act(z + bias), grad = w grad act'(z + bias), bias_grad += grad,
 // and the returned sum of grad act(z + bias). weighted and bias_grad may be null.

@@ -1,24 +1,10 @@
 // Gate, plan, gather and combine on CUDA: checks and allocation around the launchers. Values of
 // plans are not looked at here, which would wait for the device; m2mkd.ops checks experts.
 
+#include "../moe_arguments.h"
 #include "common.h"
 
 namespace m2mkd::cuda {
-
-namespace {
-
-GateMode parse_mode(const char* op, const std::string& mode) {
-  if (mode == "softmax_selected") {
-    return GateMode::selected;
-  }
-  if (mode == "softmax_all") {
-    return GateMode::all;
-  }
-  STD_TORCH_CHECK(mode == "softmax_all_renorm", op, ": unknown mode ", mode);
-  return GateMode::all_renorm;
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::string mode) {
   const char* op = "topk_gate";
@@ -29,107 +15,69 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
   const Tensor logits = torch::stable::contiguous(logits_any);
   Tensor weights = new_empty(logits, {tokens, k}, logits.scalar_type());
   Tensor chosen = new_empty(logits, {tokens, k}, ScalarType::Int);
-  check_launch(op,
-               launch_topk_gate(dtype_of(op, logits), read(logits), to_int(op, "T", tokens),
-                                to_int(op, "E", experts), static_cast<int>(k), parse_mode(op, mode),
-                                write(weights), write<int32_t>(chosen), device.stream()));
+  check_launch(op, launch_topk_gate(dtype_of(op, logits), read(logits), to_int(op, "T", tokens),
+                                    to_int(op, "E", experts), static_cast<int>(k),
+                                    parse_gate_mode<GateMode>(op, mode), write(weights),
+                                    write<int32_t>(chosen), device.stream()));
   return {weights, chosen};
 }
 
-Tensor topk_gate_backward(const Tensor& grad_any, const Tensor& logits_any,
-                          const Tensor& chosen_any, std::string mode) {
+Tensor topk_gate_backward(const Tensor& grad, const Tensor& logits, const Tensor& chosen,
+                          std::string mode) {
   const char* op = "topk_gate_backward";
-  check_rank(op, "logits", logits_any, 2);
-  check_rank(op, "grad", grad_any, 2);
-  const int64_t tokens = logits_any.size(0), experts = logits_any.size(1), k = grad_any.size(1);
-  check_shape(op, "grad", grad_any, {tokens, k});
-  check_shape(op, "experts", chosen_any, {tokens, k});
-  check_dtype(op, "grad", grad_any, logits_any.scalar_type());
-  check_dtype(op, "experts", chosen_any, ScalarType::Int);
-  const OnDevice device(logits_any);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor logits = torch::stable::contiguous(logits_any);
-  const Tensor chosen = torch::stable::contiguous(chosen_any);
-  Tensor result = new_empty(logits, {tokens, experts}, logits.scalar_type());
-  check_launch(op, launch_topk_gate_backward(dtype_of(op, logits), read(grad), read(logits),
-                                             read<int32_t>(chosen), to_int(op, "T", tokens),
-                                             to_int(op, "E", experts), to_int(op, "K", k),
-                                             parse_mode(op, mode), write(result), device.stream()));
+  const GateGradient a = check_gate_gradient(op, grad, logits, chosen);
+  const OnDevice device(a.logits);
+  Tensor result = new_empty(a.logits, {a.tokens, a.experts}, a.logits.scalar_type());
+  check_launch(op, launch_topk_gate_backward(dtype_of(op, a.logits), read(a.grad), read(a.logits),
+                                             read<int32_t>(a.chosen), to_int(op, "T", a.tokens),
+                                             to_int(op, "E", a.experts), to_int(op, "K", a.k),
+                                             parse_gate_mode<GateMode>(op, mode), write(result),
+                                             device.stream()));
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen_any,
-                                            std::optional<Tensor> order_any, int64_t experts,
-                                            std::optional<int64_t> capacity) {
+std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen, std::optional<Tensor> order,
+                                            int64_t experts, std::optional<int64_t> capacity) {
   const char* op = "moe_plan";
-  check_rank(op, "experts", chosen_any, 2);
-  check_dtype(op, "experts", chosen_any, ScalarType::Int);
-  const int64_t tokens = chosen_any.size(0), k = chosen_any.size(1), total = tokens * k;
-  check_int32_range(op, "T*K", total);
-  STD_TORCH_CHECK(experts >= 1 && (!capacity || *capacity >= 1), op,
-                  ": needs at least one expert and a capacity of at least 1");
+  const Choices a = check_choices(op, chosen, order, experts, capacity);
   STD_TORCH_CHECK(experts <= kMaxExperts, op, ": ", experts, " experts, at most ", kMaxExperts,
                   " on CUDA");
-  const OnDevice device(chosen_any);
-  const Tensor chosen = torch::stable::contiguous(chosen_any);
-  const std::optional<Tensor> order = contiguous(order_any);
-  if (order) {
-    check_shape(op, "order", *order, {tokens});
-    check_dtype(op, "order", *order, ScalarType::Long);
-  }
-  const int64_t limit = std::min(capacity.value_or(total), total);
-  const int64_t rows =
-      capacity && limit < (total + experts - 1) / experts ? experts * limit : total;
-  const int64_t blocks = (total + kPlanBlock - 1) / kPlanBlock;
-  Tensor row_of = new_empty(chosen, {tokens, k}, ScalarType::Int);
-  Tensor token_of = new_empty(chosen, {rows}, ScalarType::Int);
-  Tensor offsets = new_empty(chosen, {experts + 1}, ScalarType::Int);
-  const Tensor counts = new_empty(chosen, {blocks, experts}, ScalarType::Int);
+  const OnDevice device(a.chosen);
+  const int64_t blocks = (a.total + kPlanBlock - 1) / kPlanBlock;
+  Tensor row_of = new_empty(a.chosen, {a.tokens, a.k}, ScalarType::Int);
+  Tensor token_of = new_empty(a.chosen, {a.rows}, ScalarType::Int);
+  Tensor offsets = new_empty(a.chosen, {experts + 1}, ScalarType::Int);
+  const Tensor counts = new_empty(a.chosen, {blocks, experts}, ScalarType::Int);
   check_launch(
-      op, launch_moe_plan(read<int32_t>(chosen), read<int64_t>(order), static_cast<int>(tokens),
-                          static_cast<int>(k), static_cast<int>(experts),
-                          capacity ? static_cast<int>(limit) : -1, static_cast<int>(rows),
-                          write<int32_t>(counts), write<int32_t>(row_of), write<int32_t>(token_of),
-                          write<int32_t>(offsets), device.stream()));
+      op, launch_moe_plan(read<int32_t>(a.chosen), read<int64_t>(a.order),
+                          static_cast<int>(a.tokens), static_cast<int>(a.k),
+                          static_cast<int>(experts), capacity ? static_cast<int>(a.limit) : -1,
+                          static_cast<int>(a.rows), write<int32_t>(counts), write<int32_t>(row_of),
+                          write<int32_t>(token_of), write<int32_t>(offsets), device.stream()));
   return {row_of, token_of, offsets};
 }
 
-Tensor moe_gather(const Tensor& x_any, const Tensor& /*row_of*/, const Tensor& token_of_any) {
+Tensor moe_gather(const Tensor& x, const Tensor& /*row_of*/, const Tensor& token_of) {
   const char* op = "moe_gather";
-  check_rank(op, "x", x_any, 2);
-  check_rank(op, "token_of", token_of_any, 1);
-  check_dtype(op, "token_of", token_of_any, ScalarType::Int);
-  const OnDevice device(x_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor token_of = torch::stable::contiguous(token_of_any);
-  const int64_t rows = token_of.size(0), width = x.size(1);
-  Tensor out = new_empty(x, {rows, width}, x.scalar_type());
-  check_launch(
-      op, launch_gather(dtype_of(op, x), read(x), read<int32_t>(token_of), to_int(op, "M", rows),
-                        to_int(op, "D", width), write(out), device.stream()));
+  const Gathering a = check_gather(op, x, token_of);
+  const OnDevice device(a.x);
+  Tensor out = new_empty(a.x, {a.rows, a.width}, a.x.scalar_type());
+  check_launch(op, launch_gather(dtype_of(op, a.x), read(a.x), read<int32_t>(a.token_of),
+                                 to_int(op, "M", a.rows), to_int(op, "D", a.width), write(out),
+                                 device.stream()));
   return out;
 }
 
 namespace {
 
-Tensor sum_rows(const char* op, const Tensor& rows_any, const std::optional<Tensor>& weights_any,
-                const Tensor& row_of_any) {
-  check_rank(op, "rows", rows_any, 2);
-  check_rank(op, "row_of", row_of_any, 2);
-  check_dtype(op, "row_of", row_of_any, ScalarType::Int);
-  const OnDevice device(rows_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor row_of = torch::stable::contiguous(row_of_any);
-  const std::optional<Tensor> weights = contiguous(weights_any);
-  const int64_t tokens = row_of.size(0), k = row_of.size(1), width = rows.size(1);
-  if (weights) {
-    check_shape(op, "weights", *weights, {tokens, k});
-    check_dtype(op, "weights", *weights, compute_dtype(rows.scalar_type()));
-  }
-  Tensor out = new_empty(rows, {tokens, width}, rows.scalar_type());
-  check_launch(op, launch_sum_rows(dtype_of(op, rows), read(rows), read<int32_t>(row_of),
-                                   read(weights), to_int(op, "T", tokens), to_int(op, "K", k),
-                                   to_int(op, "D", width), write(out), device.stream()));
+Tensor sum_rows(const char* op, const Tensor& rows, const std::optional<Tensor>& weights,
+                const Tensor& row_of) {
+  const TokenRows a = check_token_rows(op, rows, weights, row_of);
+  const OnDevice device(a.rows);
+  Tensor out = new_empty(a.rows, {a.tokens, a.width}, a.rows.scalar_type());
+  check_launch(op, launch_sum_rows(dtype_of(op, a.rows), read(a.rows), read<int32_t>(a.row_of),
+                                   read(a.weights), to_int(op, "T", a.tokens), to_int(op, "K", a.k),
+                                   to_int(op, "D", a.width), write(out), device.stream()));
   return out;
 }
 
@@ -143,31 +91,19 @@ Tensor moe_combine(const Tensor& rows, const Tensor& weights, const Tensor& row_
   return sum_rows("moe_combine", rows, weights, row_of);
 }
 
-std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad_any, const Tensor& rows_any,
-                                                const Tensor& weights_any,
-                                                const Tensor& row_of_any) {
+std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad_any, const Tensor& rows,
+                                                const Tensor& weights, const Tensor& row_of) {
   const char* op = "moe_combine_backward";
-  check_rank(op, "rows", rows_any, 2);
-  check_rank(op, "row_of", row_of_any, 2);
-  check_dtype(op, "row_of", row_of_any, ScalarType::Int);
-  check_dtype(op, "grad", grad_any, rows_any.scalar_type());
-  check_dtype(op, "weights", weights_any, compute_dtype(rows_any.scalar_type()));
-  const OnDevice device(rows_any);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of = torch::stable::contiguous(row_of_any);
-  const int64_t tokens = row_of.size(0), k = row_of.size(1), width = rows.size(1);
-  check_shape(op, "weights", weights, {tokens, k});
-  check_shape(op, "grad", grad, {tokens, width});
-  check_int32_range(op, "T*K", tokens * k);
-  Tensor grad_rows = new_zeros(rows, {rows.size(0), width}, rows.scalar_type());
-  Tensor grad_weights = new_empty(weights, {tokens, k}, weights.scalar_type());
+  const TokenRows a = check_token_rows(op, rows, weights, row_of);
+  const OnDevice device(a.rows);
+  const Tensor grad = check_token_grad(op, a, grad_any);
+  Tensor grad_rows = new_zeros(a.rows, {a.rows.size(0), a.width}, a.rows.scalar_type());
+  Tensor grad_weights = new_empty(*a.weights, {a.tokens, a.k}, a.weights->scalar_type());
   check_launch(
-      op, launch_combine_backward(dtype_of(op, rows), read(grad), read(rows), read(weights),
-                                  read<int32_t>(row_of), static_cast<int>(tokens),
-                                  static_cast<int>(k), to_int(op, "D", width), update(grad_rows),
-                                  write(grad_weights), device.stream()));
+      op, launch_combine_backward(dtype_of(op, a.rows), read(grad), read(a.rows), read(a.weights),
+                                  read<int32_t>(a.row_of), static_cast<int>(a.tokens),
+                                  static_cast<int>(a.k), to_int(op, "D", a.width),
+                                  update(grad_rows), write(grad_weights), device.stream()));
   return {grad_rows, grad_weights};
 }
 

@@ -1,50 +1,12 @@
 // Expert layers on CUDA: torch's GEMMs, with one kernel for bias and activation and one for all of
 // their backward. Rows past the last offset are zeroed wherever a later step could read them.
 
+#include "../moe_arguments.h"
 #include "common.h"
 
 namespace m2mkd::cuda {
 
 namespace {
-
-struct Grouped {
-  Tensor rows, weight, offsets;
-  int64_t experts, in, out, count;
-};
-
-Grouped check_grouped(const char* op, const Tensor& rows, const Tensor& weight,
-                      const Tensor& offsets) {
-  check_rank(op, "rows", rows, 2);
-  check_rank(op, "weight", weight, 3);
-  const int64_t experts = weight.size(0), in = weight.size(2), count = rows.size(0);
-  check_shape(op, "rows", rows, {count, in});
-  check_shape(op, "offsets", offsets, {experts + 1});
-  check_dtype(op, "weight", weight, rows.scalar_type());
-  check_dtype(op, "offsets", offsets, ScalarType::Int);
-  using torch::stable::contiguous;
-  return {contiguous(rows),
-          contiguous(weight),
-          contiguous(offsets),
-          experts,
-          in,
-          weight.size(1),
-          count};
-}
-
-Activation parse_activation(const char* op, const std::string& name) {
-  if (name == "gelu") {
-    return Activation::gelu;
-  }
-  if (name == "gelu_tanh") {
-    return Activation::gelu_tanh;
-  }
-  if (name == "relu") {
-    return Activation::relu;
-  }
-  STD_TORCH_CHECK(name == "silu", op, ": unknown activation ", name,
-                  "; use gelu, gelu_tanh, relu or silu");
-  return Activation::silu;
-}
 
 // out = act(z + bias); zeros on padding rows. May be in place.
 void activate(const char* op, Activation act, const Tensor& z, const std::optional<Tensor>& bias,
@@ -94,11 +56,8 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, std::optional<Te
                       const Tensor& offsets) {
   const char* op = "grouped_linear";
   const Grouped a = check_grouped(op, rows, weight, offsets);
-  const std::optional<Tensor> bias = contiguous(bias_any);
-  if (bias) {
-    check_shape(op, "bias", *bias, {a.experts, a.out});
-    check_dtype(op, "bias", *bias, a.rows.scalar_type());
-  }
+  const std::optional<Tensor> bias =
+      check_bias(op, "bias", bias_any, a.experts, a.out, a.rows.scalar_type());
   const OnDevice device(a.rows);
   const ExpertGemm gemm(op, a.rows, a.offsets, a.in, a.out, device.stream());
   const Tensor out = gemm.rows_by_matrix(a.rows, a.weight, true);
@@ -113,10 +72,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_an
   const char* op = "grouped_linear_backward";
   const Grouped a = check_grouped(op, rows, weight, offsets);
   const ScalarType dtype = a.rows.scalar_type();
-  check_shape(op, "grad", grad_any, {a.count, a.out});
-  check_dtype(op, "grad", grad_any, dtype);
   const OnDevice device(a.rows);
-  const Tensor grad = torch::stable::contiguous(grad_any);
+  const Tensor grad = check_grouped_grad(op, a, grad_any);
   const ExpertGemm gemm(op, a.rows, a.offsets, a.in, a.out, device.stream());
   Tensor rows_grad = new_empty(a.rows, {0, a.in}, dtype);
   Tensor weight_grad = new_empty(a.rows, {0, a.out, a.in}, dtype);
@@ -135,69 +92,11 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_an
 
 namespace {
 
-// The arguments shared by forward and backward of moe_mlp, contiguous.
-struct Mlp {
-  Tensor x, weights, row_of, token_of, offsets, fc1_weight, fc2_weight;
-  std::optional<Tensor> fc1_bias, fc2_bias;
-  int64_t tokens, k, width, hidden, experts, rows;
-  Activation act;
-};
-
-Mlp check_mlp(const char* op, const Tensor& x, const Tensor& weights, const Tensor& row_of,
-              const Tensor& token_of, const Tensor& offsets, const Tensor& fc1_weight,
-              const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
-              const std::optional<Tensor>& fc2_bias, const std::string& activation) {
-  check_rank(op, "x", x, 2);
-  check_rank(op, "row_of", row_of, 2);
-  check_rank(op, "token_of", token_of, 1);
-  check_rank(op, "fc1_weight", fc1_weight, 3);
-  const int64_t tokens = x.size(0), width = x.size(1), k = row_of.size(1);
-  const int64_t experts = fc1_weight.size(0), hidden = fc1_weight.size(1);
-  const ScalarType dtype = x.scalar_type();
-  check_int32_range(op, "T*K", tokens * k);
-  check_shape(op, "row_of", row_of, {tokens, k});
-  check_shape(op, "weights", weights, {tokens, k});
-  check_shape(op, "offsets", offsets, {experts + 1});
-  check_shape(op, "fc1_weight", fc1_weight, {experts, hidden, width});
-  check_shape(op, "fc2_weight", fc2_weight, {experts, width, hidden});
-  if (fc1_bias) {
-    check_shape(op, "fc1_bias", *fc1_bias, {experts, hidden});
-    check_dtype(op, "fc1_bias", *fc1_bias, dtype);
-  }
-  if (fc2_bias) {
-    check_shape(op, "fc2_bias", *fc2_bias, {experts, width});
-    check_dtype(op, "fc2_bias", *fc2_bias, dtype);
-  }
-  check_dtype(op, "fc1_weight", fc1_weight, dtype);
-  check_dtype(op, "fc2_weight", fc2_weight, dtype);
-  check_dtype(op, "weights", weights, compute_dtype(dtype));
-  check_dtype(op, "row_of", row_of, ScalarType::Int);
-  check_dtype(op, "token_of", token_of, ScalarType::Int);
-  check_dtype(op, "offsets", offsets, ScalarType::Int);
-  using torch::stable::contiguous;
-  return {contiguous(x),
-          contiguous(weights),
-          contiguous(row_of),
-          contiguous(token_of),
-          contiguous(offsets),
-          contiguous(fc1_weight),
-          contiguous(fc2_weight),
-          m2mkd::contiguous(fc1_bias),
-          m2mkd::contiguous(fc2_bias),
-          tokens,
-          k,
-          width,
-          hidden,
-          experts,
-          token_of.size(0),
-          parse_activation(op, activation)};
-}
-
 // Gradient of the pre-activation in place of hidden_grad; gate gradients; weighted activations.
-void activate_backward(const char* op, const Mlp& a, const Tensor& z, const Tensor& upstream,
-                       const Tensor& hidden_grad, const std::optional<Tensor>& weighted,
-                       const Tensor& weight_of, const Tensor& choice_of, const Tensor& gate_grad,
-                       void* stream) {
+void activate_backward(const char* op, const MlpTensors& a, Activation act, const Tensor& z,
+                       const Tensor& upstream, const Tensor& hidden_grad,
+                       const std::optional<Tensor>& weighted, const Tensor& weight_of,
+                       const Tensor& choice_of, const Tensor& gate_grad, void* stream) {
   ActivateBackward args{};
   args.z = read(z);
   args.fc1_bias = read(a.fc1_bias);
@@ -213,7 +112,7 @@ void activate_backward(const char* op, const Mlp& a, const Tensor& z, const Tens
   args.rows = to_int(op, "M", a.rows);
   args.hidden = to_int(op, "H", a.hidden);
   args.width = to_int(op, "D", a.width);
-  check_launch(op, launch_activate_backward(dtype_of(op, z), a.act, args, stream));
+  check_launch(op, launch_activate_backward(dtype_of(op, z), act, args, stream));
 }
 
 }  // namespace
@@ -225,14 +124,15 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const
                                    std::string activation, bool save) {
   const char* op = "moe_mlp";
   const OnDevice device(x);
-  const Mlp a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
-                          fc2_weight, fc2_bias, activation);
-  const ScalarType dtype = a.x.scalar_type();
+  const MlpTensors a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
+                                 fc2_weight, fc2_bias);
+  const auto act = parse_activation<Activation>(op, activation);
+  const ScalarType dtype = a.dtype;
   const Tensor inputs = gather(op, a.x, a.token_of, device.stream());
   const ExpertGemm gemm(op, inputs, a.offsets, a.width, a.hidden, device.stream());
   const Tensor z = gemm.rows_by_matrix(inputs, a.fc1_weight, true);
   const Tensor active = save ? new_empty(a.x, {a.rows, a.hidden}, dtype) : z;
-  activate(op, a.act, z, a.fc1_bias, a.offsets, active, device.stream());
+  activate(op, act, z, a.fc1_bias, a.offsets, active, device.stream());
   const Tensor outputs = gemm.rows_by_matrix(active, a.fc2_weight, true);
   if (a.fc2_bias) {
     activate(op, Activation::identity, outputs, a.fc2_bias, a.offsets, outputs, device.stream());
@@ -248,13 +148,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     std::string activation, bool needs_x, bool needs_fc1, bool needs_fc2) {
   const char* op = "moe_mlp_backward";
   const OnDevice device(x);
-  const Mlp a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
-                          fc2_weight, fc2_bias, activation);
-  const ScalarType dtype = a.x.scalar_type();
-  check_shape(op, "grad", grad_any, {a.tokens, a.width});
-  check_dtype(op, "grad", grad_any, dtype);
-  check_dtype(op, "hidden", hidden, dtype);
-  check_shape(op, "hidden", hidden, {hidden.size(0) == 0 ? 0 : a.rows, a.hidden});
+  const MlpTensors a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
+                                 fc2_weight, fc2_bias);
+  const auto act = parse_activation<Activation>(op, activation);
+  const ScalarType dtype = a.dtype;
+  check_mlp_gradient(op, a, grad_any, hidden);
   void* stream = device.stream();
   const Tensor grad = torch::stable::contiguous(grad_any);
   const Tensor upstream = gather(op, grad, a.token_of, stream);
@@ -280,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   if (needs_fc2) {
     weighted = new_empty(a.x, {a.rows, a.hidden}, dtype);
   }
-  activate_backward(op, a, z, upstream, hidden_grad, weighted, weight_of, choice_of, gate_grad,
+  activate_backward(op, a, act, z, upstream, hidden_grad, weighted, weight_of, choice_of, gate_grad,
                     stream);
 
   Tensor x_grad = new_empty(a.x, {0, a.width}, dtype);
