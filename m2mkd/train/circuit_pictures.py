@@ -49,7 +49,7 @@ def plot_circuit_history(lines: Sequence[dict[str, Any]], path: Path) -> None:
     Args:
         lines: Of metrics.jsonl; those with `validation.circuit`, which holds what
             `circuit_statistics` returned after an epoch, are drawn.
-        path: File to write.
+        path: File to write; it is not where there are none.
 
     Raises:
         CheckpointError: The file cannot be written.
@@ -61,6 +61,8 @@ def plot_circuit_history(lines: Sequence[dict[str, Any]], path: Path) -> None:
         for line in lines
         if "circuit" in line.get("validation", {})
     ]
+    if not found:
+        return
     epochs = [epoch for epoch, _ in found]
     figure = _figure(14, 3.6)
     panels = {

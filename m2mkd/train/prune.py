@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from m2mkd.distill import SupervisedTask
@@ -166,7 +167,7 @@ def measure_curve(
     counts = {max(1, round(share * total)) for share in _FRACTIONS} | ({also} if also else set())
     if smaller.options.num_inputs == full.options.num_inputs:
         counts -= {total}
-    models = [full] + [
+    models = [keep_latents(full)] + [
         keep_latents(smaller, mediators=order_M[:count]) for count in sorted(counts, reverse=True)
     ]
     times = {batch: _circuit_ms(models, batch, data) for batch in (1, _BATCH)}
@@ -245,7 +246,7 @@ def plot_curve(result: dict[str, Any], path: Path) -> None:
     full, pruned, tuned = result["full"], result["pruned"], result["finetuned"]
     figure.suptitle(
         f"{result['mediators']} of {result['of']} mediators kept: top-1 {pruned['top1']:.2f} % "
-        f"(full {full['top1']:.2f} %), circuit on {result['device']}, {result['threads']} threads"
+        f"(full {full['top1']:.2f} %), circuit on {result['device']}, threads: {result['threads']}"
     )
     panels = {
         "mediators": ("mediators", "mediators", 1.0),
@@ -294,19 +295,27 @@ def _circuit_ms(models: Sequence[NAC], batch: int, data: ImageData) -> list[floa
     device = models[0].mediator_latents.signatures.device
     with torch.inference_mode():
         tokens = models[0].tokenizer(_images(data, batch, device))
-        timers = [
-            Timer(
-                "circuit(tokens)",
-                globals={"circuit": model.forward_circuit, "tokens": tokens},
-                num_threads=torch.get_num_threads(),
-            )
-            for model in models
-        ]
+        for model in models:
+            model.fix_circuits()  # in use, signatures stay as they are
         for _ in range(_ROUNDS):
-            for i, timer in enumerate(timers):
-                median = timer.blocked_autorange(min_run_time=_SECONDS).median
-                best[i] = min(best[i], 1e3 * median)
+            for i, model in enumerate(models):
+                best[i] = min(best[i], _median_ms(model, tokens))
     return best
+
+
+def _median_ms(model: NAC, tokens: Tensor) -> float:
+    """Median over the runs that fit into the time, after one that does not count."""
+    times: list[float] = []
+    end = float("inf")
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        model.forward_circuit(tokens)
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+        if len(times) == 1:
+            end = time.perf_counter() + _SECONDS
+    return statistics.median(times[1:])
 
 
 def _images(data: ImageData, count: int, device: torch.device) -> Tensor:

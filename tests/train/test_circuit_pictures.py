@@ -61,7 +61,7 @@ def test_history_draws_the_epochs_that_have_a_circuit(tmp_path: Path) -> None:
     plot_circuit_history(other, tmp_path / "empty.png")
     first_line = 0x1F, 0x77, 0xB4
     assert count(tmp_path / "history.png", *first_line) > 1000
-    assert count(tmp_path / "empty.png", *first_line) < 1000  # the legend
+    assert not (tmp_path / "empty.png").exists()
 
 
 def test_a_circuit_that_is_not_a_propagators_is_refused(tmp_path: Path) -> None:
