@@ -53,8 +53,7 @@ def prune(
         raise click.UsageError("give either --mediators or --budget")
 
     from m2mkd.errors import CheckpointError
-    from m2mkd.export.sources import run_folder, with_root
-    from m2mkd.recipe import load_recipe
+    from m2mkd.export.sources import run_data, run_folder, with_root
     from m2mkd.train.progress import Reporter
     from m2mkd.train.prune import prune_run
 
@@ -62,13 +61,12 @@ def prune(
     if run is None:
         what = "is not in a run folder, so its data set is not known"
         raise CheckpointError(f"{source} {what if source.exists() else 'does not exist'}")
-    out = out or source.with_name(f"{source.resolve().name}-pruned")
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    recipe = recipe.model_copy(update={"data": with_root(recipe.data, root)})
+    out = out or source.absolute().with_name(f"{source.absolute().name}-pruned")
     with Reporter() as reporter:
         result = prune_run(
             source,
-            recipe,
+            run / "recipe.yaml",
+            with_root(run_data(run), root),
             out,
             reporter,
             mediators=mediators,

@@ -26,7 +26,7 @@ from m2mkd.models.checkpoint import (
 )
 from m2mkd.models.nac import NAC
 from m2mkd.models.nac_pruning import keep_latents, latent_traffic, pruned_args
-from m2mkd.recipe import Recipe, digest
+from m2mkd.recipe import DataConfig, Recipe, digest, load_recipe
 from m2mkd.train.data import ImageData
 from m2mkd.train.evaluate import evaluate_model
 from m2mkd.train.loop import Context, Job, fit
@@ -66,7 +66,8 @@ class Point:
 
 def prune_run(
     source: Path,
-    recipe: Recipe,
+    recipe_file: Path,
+    data_config: DataConfig,
     out: Path,
     reporter: Reporter,
     *,
@@ -82,7 +83,8 @@ def prune_run(
 
     Args:
         source: A run, stage or step folder of a NAC.
-        recipe: The run's; its data grade the networks.
+        recipe_file: The run's recipe; fine-tuning needs a whole one, which imported runs lack.
+        data_config: The data whose validation images grade the networks.
         out: A folder that does not exist.
         reporter: Where progress goes.
         mediators: Share of the mediators to keep, in (0, 1]; at least one stays.
@@ -95,7 +97,8 @@ def prune_run(
         What `pruning.json` holds.
 
     Raises:
-        ConfigError: Not a NAC, neither or both of mediators and budget, or values out of range.
+        ConfigError: Not a NAC, neither or both of mediators and budget, values out of range, or
+            fine-tuning without a whole recipe.
         CheckpointError: Nothing to prune, or `out` exists or cannot be written.
     """
     _check_wishes(mediators, budget, inputs, finetune)
@@ -106,9 +109,10 @@ def prune_run(
         raise ConfigError(
             f"{source} is a {type(model).__name__}; only a NAC has mediators to prune"
         )
-    data = ImageData(recipe.data, recipe.seed)
-    accelerator = make_accelerator(recipe)
-    model = model.to(accelerator.device)
+    recipe = load_recipe(str(recipe_file)) if finetune else None
+    data = ImageData(data_config, recipe.seed if recipe else 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
     order_I, order_M = (traffic.argsort(descending=True) for traffic in latent_traffic(model))
     total = len(order_M)
     wished = None if mediators is None else max(1, round(mediators * total))
@@ -129,13 +133,13 @@ def prune_run(
         "full": asdict(curve[0]),
         "pruned": asdict(chosen),
         "finetuned": None,
-        "device": str(accelerator.device),
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "curve": [asdict(point) for point in curve],
     }
     key = digest(checkpoint.meta["sha256"], kept, kept_inputs, finetune)
-    _write_recipe(out, recipe, card)
-    if finetune:
+    _write_recipe(out, recipe_file, data_config, card)
+    if recipe is not None:
         result["finetuned"] = _finetune(pruned, card, recipe, data, out, key, finetune, reporter)
     else:
         _store(pruned, card, out, key)
@@ -325,10 +329,10 @@ def _images(data: ImageData, count: int, device: torch.device) -> Tensor:
     return images.repeat(repeats, 1, 1, 1)[:count].to(device)
 
 
-def _write_recipe(out: Path, recipe: Recipe, card: ModelCard) -> None:
+def _write_recipe(out: Path, recipe_file: Path, data: DataConfig, card: ModelCard) -> None:
     """The recipe with the smaller student, for evaluate and export; it was not trained by it."""
-    values = recipe.model_dump(mode="json")
-    values["name"] = out.name
+    values = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    values |= {"name": out.name, "data": data.model_dump(mode="json")}
     values["student"] |= {"model": card.model, "model_args": card.model_args}
     text = yaml.safe_dump(values, sort_keys=False)
     write_text(out / "recipe.yaml", f"# pruned by m2mkd; pruning.json says from what\n{text}")

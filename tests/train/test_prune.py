@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import load_model
 from m2mkd.models.nac_pruning import keep_latents, latent_traffic
+from m2mkd.recipe import load_data
 from m2mkd.train import prune
 from m2mkd.train.progress import Reporter
 from m2mkd.train.prune import Point, choose, count_flops, prune_run
@@ -25,14 +28,22 @@ def short_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune, "_FRACTIONS", (1, 1 / 8, 1 / 32))
 
 
+def prune_to(out: Path, **wishes: Any) -> dict[str, Any]:
+    """Prunes the run beside `out`."""
+    source = out.parent / "run"
+    recipe_file = source / "recipe.yaml"
+    quiet = Reporter(quiet=True)
+    return prune_run(source, recipe_file, load_data(recipe_file), out, quiet, **wishes)
+
+
 def points(*pairs: tuple[int, float]) -> list[Point]:
     return [Point(count, 8, top1, 0.0, count, count, 1.0, 1.0) for count, top1 in pairs]
 
 
 def test_the_pruned_run_holds_the_mediators_with_the_most_traffic(tmp_path: Path) -> None:
-    model, recipe = write_nac_run(tmp_path / "run")
+    model = write_nac_run(tmp_path / "run")
     out = tmp_path / "small"
-    result = prune_run(tmp_path / "run", recipe, out, Reporter(quiet=True), mediators=0.25)
+    result = prune_to(out, mediators=0.25)
     kept = latent_traffic(model)[1].topk(6).indices.sort().values
     assert result["kept"] == kept.tolist() and (result["mediators"], result["of"]) == (6, 24)
     pruned, checkpoint = load_model(out)
@@ -46,9 +57,9 @@ def test_the_pruned_run_holds_the_mediators_with_the_most_traffic(tmp_path: Path
 
 
 def test_the_curve_runs_from_all_mediators_to_few_and_holds_the_chosen(tmp_path: Path) -> None:
-    _, recipe = write_nac_run(tmp_path / "run")
-    source, out = tmp_path / "run", tmp_path / "small"
-    result = prune_run(source, recipe, out, Reporter(quiet=True), mediators=0.3)
+    write_nac_run(tmp_path / "run")
+    out = tmp_path / "small"
+    result = prune_to(out, mediators=0.3)
     counts = [point["mediators"] for point in result["curve"]]
     assert counts == [24, 7, 3, 1]
     assert result["full"]["mediators"] == 24 and result["pruned"]["mediators"] == 7
@@ -58,9 +69,9 @@ def test_the_curve_runs_from_all_mediators_to_few_and_holds_the_chosen(tmp_path:
 
 
 def test_inputs_can_be_pruned_as_well(tmp_path: Path) -> None:
-    model, recipe = write_nac_run(tmp_path / "run")
-    source, out = tmp_path / "run", tmp_path / "small"
-    result = prune_run(source, recipe, out, Reporter(quiet=True), mediators=1.0, inputs=0.5)
+    model = write_nac_run(tmp_path / "run")
+    out = tmp_path / "small"
+    result = prune_to(out, mediators=1.0, inputs=0.5)
     assert result["kept_inputs"] == sorted(latent_traffic(model)[0].topk(4).indices.tolist())
     sizes = [(point["mediators"], point["inputs"]) for point in result["curve"]]
     assert sizes == [(24, 8), (24, 4), (3, 4), (1, 4)]
@@ -73,7 +84,7 @@ def test_inputs_can_be_pruned_as_well(tmp_path: Path) -> None:
 
 
 def test_operations_are_those_of_the_matrix_products_and_edges(tmp_path: Path) -> None:
-    model, _ = write_nac_run(tmp_path / "run")
+    model = write_nac_run(tmp_path / "run")
     circuit, total = count_flops(model, torch.randn(1, 1, 8, 8))
     fewer = keep_latents(model, mediators=range(1, 24))
     links = [model.circuit(i).num_edges - fewer.circuit(i).num_edges for i in range(3)]
@@ -97,9 +108,9 @@ def test_a_budget_takes_the_fewest_mediators_that_lose_no_more(
 
 
 def test_fine_tuning_trains_the_pruned_network(tmp_path: Path) -> None:
-    model, recipe = write_nac_run(tmp_path / "run")
-    source, out = tmp_path / "run", tmp_path / "small"
-    result = prune_run(source, recipe, out, Reporter(quiet=True), budget=100.0, finetune=2)
+    model = write_nac_run(tmp_path / "run")
+    out = tmp_path / "small"
+    result = prune_to(out, budget=100.0, finetune=2)
     assert result["mediators"] == 1 and result["finetuned"]["epochs"] == 2
     tuned, _ = load_model(out)
     before = keep_latents(model, mediators=result["kept"])
@@ -107,8 +118,19 @@ def test_fine_tuning_trains_the_pruned_network(tmp_path: Path) -> None:
     assert result["finetuned"]["loss"] < result["pruned"]["loss"]
 
 
+def test_an_imported_run_can_be_pruned_but_not_fine_tuned(tmp_path: Path) -> None:
+    write_nac_run(tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({key: values[key] for key in ("name", "data", "student")}))
+    with pytest.raises(ConfigError, match="'end_to_end' is missing"):
+        prune_to(tmp_path / "small", budget=100.0, finetune=1)
+    prune_to(tmp_path / "small", budget=100.0)
+    assert load_data(tmp_path / "small" / "recipe.yaml") == load_data(path)
+
+
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    _, recipe = write_nac_run(tmp_path / "run")
+    write_nac_run(tmp_path / "run")
     for wishes, message in (
         ({}, "give either a share of mediators to keep, or a budget"),
         ({"mediators": 0.5, "budget": 1.0}, "give either"),
@@ -118,7 +140,7 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: P
         ({"budget": 1.0, "finetune": -2}, "finetune=-2 epochs"),
     ):
         with pytest.raises(ConfigError, match=message):
-            prune_run(tmp_path / "run", recipe, tmp_path / "x", Reporter(quiet=True), **wishes)
+            prune_to(tmp_path / "x", **wishes)
     with pytest.raises(CheckpointError, match="run exists; remove it or choose another folder"):
-        prune_run(tmp_path / "run", recipe, tmp_path / "run", Reporter(quiet=True), budget=1.0)
+        prune_to(tmp_path / "run", budget=1.0)
     assert not (tmp_path / "x").exists()
