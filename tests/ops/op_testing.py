@@ -53,6 +53,7 @@ REGISTERED = {
     "grouped_linear": {"grouped_linear", "grouped_linear_backward"},
     "moe_combine": {"moe_combine", "moe_combine_backward"},
     "moe_mlp": {"moe_mlp", "moe_mlp_backward"},
+    "read_in_attention": set(),
     "circuit_attention": {"circuit_attention", "circuit_attention_backward"},
 }
 
