@@ -1,29 +1,32 @@
-"""Times the MoE layer on the CPU against the bare expert GEMMs and other ways to dispatch.
+"""Times the MoE layer against the bare expert GEMMs and other ways to dispatch.
 
     python benchmarks/bench_moe.py --tokens 1576 12608 --threads 2
+    python benchmarks/bench_moe.py --tokens 12608 65536 --device cuda --dtype bfloat16
 
 Every round runs every form once, so that drift of the machine meets all alike; what is reported is
 the median over rounds of each form's time divided by the floor's in the same round. `--clock cpu`
 counts the process's own time and suits a busy machine with `--threads 1`.
 
-Forms (float32, width 384, hidden 1536, 8 experts, 2 choices, erf GELU, no dropping):
+Forms (width 384, hidden 1536, 8 experts, 2 choices, erf GELU, no dropping):
     floor    the expert GEMMs alone, into buffers that are already there
     m2mkd    topk_gate + moe_plan + moe_mlp
     loop     for every expert: select rows, two linear layers, index_add
     grouped  sort once, torch.nn.functional.grouped_mm with biases gathered by row
     buffer   one-hot cumulative sum for slots, [E, capacity, D] buffer and bmm: the idea of Tutel's
              CPU path, written anew here because Tutel is not on the package index
+
+On a GPU it also says what moe_gather and moe_combine move, in parts of what a copy moves in
+the same time.
 """
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timing import Clock, choose_clock, copy_bandwidth, machine, measure
 from torch import Tensor
 
 from m2mkd import ops
@@ -43,17 +46,18 @@ class Layer:
     fc2_bias: Tensor
 
     @staticmethod
-    def random(tokens: int) -> "Layer":
+    def random(tokens: int, device: str, dtype: torch.dtype) -> "Layer":
         """A layer with values of the size a trained one has."""
         torch.manual_seed(0)
-        return Layer(
-            torch.randn(tokens, WIDTH, requires_grad=True),
-            torch.randn(tokens, EXPERTS, requires_grad=True),
-            torch.randn(EXPERTS, HIDDEN, WIDTH).mul_(0.05).requires_grad_(),
-            torch.randn(EXPERTS, HIDDEN).mul_(0.1).requires_grad_(),
-            torch.randn(EXPERTS, WIDTH, HIDDEN).mul_(0.03).requires_grad_(),
-            torch.randn(EXPERTS, WIDTH).mul_(0.1).requires_grad_(),
-        )
+        tensors = [
+            torch.randn(tokens, WIDTH),
+            torch.randn(tokens, EXPERTS),
+            torch.randn(EXPERTS, HIDDEN, WIDTH).mul_(0.05),
+            torch.randn(EXPERTS, HIDDEN).mul_(0.1),
+            torch.randn(EXPERTS, WIDTH, HIDDEN).mul_(0.03),
+            torch.randn(EXPERTS, WIDTH).mul_(0.1),
+        ]
+        return Layer(*(t.to(device, dtype).requires_grad_() for t in tensors))
 
     def leaves(self) -> list[Tensor]:
         """Everything a backward pass has to reach."""
@@ -107,7 +111,7 @@ def buffer(layer: Layer) -> Tensor:
     slots = F.one_hot(flat, EXPERTS).cumsum(0).gather(1, flat[:, None])[:, 0] - 1
     capacity = int(slots.max()) + 1
     place = flat * capacity + slots
-    token = torch.arange(layer.x.shape[0]).repeat(CHOICES)
+    token = torch.arange(layer.x.shape[0], device=layer.x.device).repeat(CHOICES)
     rows = layer.x.new_zeros(EXPERTS * capacity, WIDTH).index_copy(0, place, layer.x[token])
     rows = rows.view(EXPERTS, capacity, WIDTH)
     hidden = F.gelu(torch.baddbmm(layer.fc1_bias[:, None], rows, layer.fc1_weight.transpose(1, 2)))
@@ -124,9 +128,15 @@ class Floor:
             _, experts = ops.topk_gate(layer.logits, CHOICES)
             self.bounds = ops.moe_plan(experts, EXPERTS).offsets.tolist()
         most = max(self.bounds[e + 1] - self.bounds[e] for e in range(EXPERTS))
-        self.rows = torch.randn(self.bounds[-1], WIDTH)
-        self.kept = torch.randn(self.bounds[-1], HIDDEN)
-        self.hidden, self.out = torch.randn(most, HIDDEN), torch.randn(most, WIDTH)
+        self.rows, self.kept, self.hidden, self.out = (
+            torch.randn(rows, width).to(layer.x)
+            for rows, width in (
+                (self.bounds[-1], WIDTH),
+                (self.bounds[-1], HIDDEN),
+                (most, HIDDEN),
+                (most, WIDTH),
+            )
+        )
         self.fc1, self.fc2 = layer.fc1_weight.detach(), layer.fc2_weight.detach()
         self.grad1, self.grad2 = torch.empty_like(self.fc1), torch.empty_like(self.fc2)
 
@@ -151,68 +161,74 @@ class Floor:
             torch.mm(hidden, self.fc1[e], out=out)
 
 
-def measure(
-    forms: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds, and median and quartiles of the ratio to the floor of each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for form in forms.values():
-        form()
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = clock()
-            form()
-            seconds[name].append(clock() - start)
-    results = {}
-    for name, times in seconds.items():
-        ratios = [t / f for t, f in zip(times, seconds["floor"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else [ratios[0]] * 3
-        results[name] = {
-            "ms": 1e3 * statistics.median(times),
-            "ratio": middle,
-            "ratio_low": low,
-            "ratio_high": high,
-        }
-    return results
+def print_bandwidth(layer: Layer, rate: float, rounds: int, clock: Clock) -> None:
+    """What gather and combine move, read and written, against a copy's `rate` in bytes a second."""
+    with torch.no_grad():
+        weights, experts = ops.topk_gate(layer.logits, CHOICES)
+        plan = ops.moe_plan(experts, EXPERTS)
+        rows = ops.moe_gather(layer.x, plan)
+        results = measure(
+            {
+                "gather": lambda: ops.moe_gather(layer.x, plan),
+                "combine": lambda: ops.moe_combine(rows, weights, plan),
+            },
+            "gather",
+            rounds,
+            clock,
+        )
+    moved = (layer.x.numel() + rows.numel()) * rows.element_size()
+    for name, r in results.items():
+        share = moved / (r["ms"] / 1e3) / rate
+        print(f"  {name:8} {r['ms']:8.3f} ms   {share:.2f} of a copy's {rate / 1e9:.0f} GB/s")
 
 
-def main() -> None:
-    """Prints one table per number of tokens and direction."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1576, 12608])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--forms", nargs="+", default=["m2mkd", "loop", "grouped", "buffer"])
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    chosen = {
-        f.__name__: f for f in (m2mkd, loop, grouped, buffer) if f.__name__ in arguments.forms
-    }
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints one table per number of tokens and direction."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    clock = choose_clock(options.device, options.clock)
+    chosen = {f.__name__: f for f in (m2mkd, loop, grouped, buffer) if f.__name__ in options.forms}
+    rate = copy_bandwidth(options.device, clock) if options.device == "cuda" else 0.0
     everything = {}
-    for tokens in arguments.tokens:
-        layer = Layer.random(tokens)
+    if not options.json:
+        print(f"{machine(options.device)}, {options.threads} threads, {options.clock} clock")
+    for tokens in options.tokens:
+        layer = Layer.random(tokens, options.device, getattr(torch, options.dtype))
         floor = Floor(layer)
-        upstream = torch.randn(tokens, WIDTH)
+        upstream = torch.randn(tokens, WIDTH).to(layer.x)
 
         def backward(form: Callable[[Layer], Tensor], layer=layer, upstream=upstream) -> None:  # type: ignore[no-untyped-def]
             torch.autograd.grad(form(layer), layer.leaves(), upstream)
 
         with torch.no_grad():
             forward = {n: (lambda f=f, layer=layer: f(layer)) for n, f in chosen.items()}
-            one = measure({"floor": floor.forward, **forward}, arguments.rounds, clock)
+            one = measure({"floor": floor.forward, **forward}, "floor", options.rounds, clock)
         both = {n: (lambda f=f, run=backward: run(f)) for n, f in chosen.items()}
-        two = measure({"floor": floor.both, **both}, arguments.rounds, clock)
+        two = measure({"floor": floor.both, **both}, "floor", options.rounds, clock)
         for label, results in (("forward", one), ("forward+backward", two)):
             everything[f"T={tokens} {label}"] = results
-            if not arguments.json:
-                print(f"T={tokens} {label}, {arguments.threads} threads, {arguments.clock} clock")
+            if not options.json:
+                print(f"T={tokens} {label}")
                 for name, r in results.items():
                     spread = f"{r['ratio_low']:.2f} to {r['ratio_high']:.2f}"
                     print(f"  {name:8} {r['ms']:8.1f} ms   {r['ratio']:.3f} ({spread})")
-    if arguments.json:
+        if rate and not options.json:
+            print_bandwidth(layer, rate, options.rounds, clock)
+    if options.json:
         print(json.dumps(everything))
 
 

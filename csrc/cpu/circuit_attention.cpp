@@ -181,13 +181,12 @@ struct Problem {
   }
 };
 
-// Room for the scores of any one receiver and a pack.
-int64_t scores_room(const Side& side) {
+int64_t largest_degree(const Side& side) {
   int64_t most = 0;
   for (int64_t r = 0; r < side.rows; ++r) {
     most = std::max<int64_t>(most, side.ptr[r + 1] - side.ptr[r]);
   }
-  return most + kPack<float>;
+  return most;
 }
 
 // Edges' gradients summed over the heads that share a bias, head after head.
@@ -227,7 +226,7 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
   if (lse.numel() == 0) {
     return {out, lse};
   }
-  const int64_t most_scores = scores_room(side);
+  const int64_t degree = largest_degree(side);
   dispatch_float(p.op, q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
@@ -235,7 +234,7 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
     parallel_lanes(p.bytes<T>(p.all_heads()), [&](int64_t lane, int64_t lanes) {
       Rows<T> q_rows(p.receivers, p.width), out_rows(p.receivers, p.width);
       Rows<T> k_rows(p.senders, p.width), v_rows(p.senders, p.width);
-      std::vector<A> scores(most_scores);
+      std::vector<A> scores(scores_room<A>(degree));
       for_share(side, p.all_heads(), lane, lanes, [&](int64_t head, int64_t begin, int64_t end) {
         const int64_t first = head * receiver_numbers + begin * p.width;
         T* target = mutable_data<T>(out) + first;
@@ -276,12 +275,12 @@ struct Inputs {
 template <typename T, typename A = compute_t<T>>
 void receiver_pass(const Problem& p, const Inputs& in, int64_t first_head, int64_t heads,
                    EdgeGrad<A>* edges, const Tensor& q_grad) {
-  const int64_t most_scores = scores_room(in.by_receiver);
+  const int64_t room = scores_room<A>(largest_degree(in.by_receiver));
   const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
   parallel_lanes(p.bytes<T>(heads), [&](int64_t lane, int64_t lanes) {
     Rows<T> q(p.receivers, p.width), grad(p.receivers, p.width), result(p.receivers, p.width);
     Rows<T> k(p.senders, p.width), v(p.senders, p.width);
-    std::vector<A> weights(most_scores), slopes(most_scores);
+    std::vector<A> weights(room), slopes(room);
     for_share(in.by_receiver, heads, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
       const int64_t head = first_head + h;
       const int64_t first = head * receiver_numbers + begin * p.width;

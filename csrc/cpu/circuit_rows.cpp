@@ -159,62 +159,109 @@ M2MKD_INLINE void start_scores(const A* bias, int64_t first, int64_t count, A* s
   }
 }
 
+// Receivers whose scores lie one after the other in a buffer. Each step is done for all of them
+// before the next: the latency of one receiver's softmax then hides behind the others.
+struct Block {
+  int64_t begin;
+  int64_t end;
+};
+
+// The longest run of receivers from `begin` with few edges together, at least one receiver.
+M2MKD_INLINE Block next_block(const int32_t* row_ptr, int64_t begin, int64_t end) {
+  int64_t last = begin + 1;
+  while (last < end && last - begin < kBlockRows &&
+         row_ptr[last + 1] - row_ptr[begin] <= kBlockEdges) {
+    ++last;
+  }
+  return {begin, last};
+}
+
+// Calls f(receiver, place of its scores in the block's buffer, its number of edges).
+template <typename A, typename F>
+M2MKD_INLINE void for_rows(const Block& block, const int32_t* row_ptr, const F& f) {
+  int64_t place = 0;
+  for (int64_t u = block.begin; u < block.end; ++u) {
+    const int64_t count = row_ptr[u + 1] - row_ptr[u];
+    f(u, place, count);
+    place += whole_packs<A>(count);
+  }
+}
+
 template <typename A>
-M2MKD_INLINE void attend_row(const ForwardHead<A>& h, int64_t u) {
-  const int64_t first = h.row_ptr[u], count = h.row_ptr[u + 1] - first;
-  const int64_t row = (u - h.begin) * h.packs * kPack<A>;
-  A* scores = h.scores;
-  start_scores(h.bias, first, count, scores);
-  add_dots(h.q + row, h.k, h.sender + first, count, h.packs, h.scale, scores);
-  const int64_t padded = whole_packs<A>(count);
-  A largest = -kInfinity<A>;
+M2MKD_INLINE void attend_block(const ForwardHead<A>& h, const Block& block) {
+  const int64_t width = h.packs * kPack<A>;
+  for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
+    const int64_t first = h.row_ptr[u];
+    start_scores(h.bias, first, count, h.scores + place);
+    add_dots(h.q + (u - h.begin) * width, h.k, h.sender + first, count, h.packs, h.scale,
+             h.scores + place);
+  });
+  A inverse[kBlockRows];
+  for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
+    A* scores = h.scores + place;
+    const int64_t padded = whole_packs<A>(count);
+    A largest = -kInfinity<A>;
 #pragma omp simd reduction(max : largest)
-  for (int64_t j = 0; j < padded; ++j) {
-    largest = scores[j] > largest ? scores[j] : largest;
-  }
-  const A shift = largest == -kInfinity<A> ? A(0) : largest;
-  A sum = 0;
+    for (int64_t j = 0; j < padded; ++j) {
+      largest = scores[j] > largest ? scores[j] : largest;
+    }
+    const A shift = largest == -kInfinity<A> ? A(0) : largest;
+    A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < padded; ++j) {
-    scores[j] = exponential(scores[j] - shift);
-    sum += scores[j];
-  }
-  fill(h.out + row, A(0), h.packs);
-  add_rows(scores, h.v, h.sender + first, count, h.packs, h.out + row);
-  multiply(h.out + row, sum == A(0) ? A(0) : A(1) / sum, h.packs);
-  h.lse[u - h.begin] = sum == A(0) ? -kInfinity<A> : std::log(sum) + shift;
+    for (int64_t j = 0; j < padded; ++j) {
+      scores[j] = exponential(scores[j] - shift);
+      sum += scores[j];
+    }
+    inverse[u - block.begin] = sum == A(0) ? A(0) : A(1) / sum;
+    h.lse[u - h.begin] = sum == A(0) ? -kInfinity<A> : std::log(sum) + shift;
+  });
+  for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
+    A* out = h.out + (u - h.begin) * width;
+    fill(out, A(0), h.packs);
+    add_rows(h.scores + place, h.v, h.sender + h.row_ptr[u], count, h.packs, out);
+    multiply(out, inverse[u - block.begin], h.packs);
+  });
 }
 
 // With p the weights and g the gradient of out: ds = p (g.v - sum p g.v), dq = scale sum ds k. Keys
 // are read last before the sum, so that most rows still lie in the first-level cache.
 template <typename A>
-M2MKD_INLINE void backward_row(const ReceiverGrad<A>& h, int64_t u) {
-  const int64_t first = h.row_ptr[u], count = h.row_ptr[u + 1] - first;
-  const int64_t padded = whole_packs<A>(count), row = (u - h.begin) * h.packs * kPack<A>;
-  A* weights = h.weights;
-  A* slopes = h.slopes;
-  fill(slopes, A(0), padded / kPack<A>);
-  add_dots(h.grad + row, h.v, h.sender + first, count, h.packs, A(1), slopes);
-  start_scores(h.bias, first, count, weights);
-  add_dots(h.q + row, h.k, h.sender + first, count, h.packs, h.scale, weights);
-  // Where all weights are 0, scores are -inf, and any other number in lse's place keeps them so.
-  const A lse = h.lse[u - h.begin] == -kInfinity<A> ? A(0) : h.lse[u - h.begin];
-  A mean = 0;
+M2MKD_INLINE void backward_block(const ReceiverGrad<A>& h, const Block& block) {
+  const int64_t width = h.packs * kPack<A>;
+  for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
+    const int64_t first = h.row_ptr[u], row = (u - h.begin) * width;
+    fill(h.slopes + place, A(0), whole_packs<A>(count) / kPack<A>);
+    add_dots(h.grad + row, h.v, h.sender + first, count, h.packs, A(1), h.slopes + place);
+    start_scores(h.bias, first, count, h.weights + place);
+    add_dots(h.q + row, h.k, h.sender + first, count, h.packs, h.scale, h.weights + place);
+  });
+  for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
+    A* weights = h.weights + place;
+    A* slopes = h.slopes + place;
+    const int64_t padded = whole_packs<A>(count);
+    // Where all weights are 0, scores are -inf, and any other number in lse's place keeps them so.
+    const A lse = h.lse[u - h.begin] == -kInfinity<A> ? A(0) : h.lse[u - h.begin];
+    A mean = 0;
 #pragma omp simd reduction(+ : mean)
-  for (int64_t j = 0; j < padded; ++j) {
-    weights[j] = exponential(weights[j] - lse);
-    mean += weights[j] * slopes[j];
-  }
+    for (int64_t j = 0; j < padded; ++j) {
+      weights[j] = exponential(weights[j] - lse);
+      mean += weights[j] * slopes[j];
+    }
 #pragma omp simd
-  for (int64_t j = 0; j < padded; ++j) {
-    slopes[j] = weights[j] * (slopes[j] - mean);
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    h.edges[first + j] = {weights[j], slopes[j]};
-  }
-  fill(h.q_grad + row, A(0), h.packs);
-  add_rows(slopes, h.k, h.sender + first, count, h.packs, h.q_grad + row);
-  multiply(h.q_grad + row, h.scale, h.packs);
+    for (int64_t j = 0; j < padded; ++j) {
+      slopes[j] = weights[j] * (slopes[j] - mean);
+    }
+    EdgeGrad<A>* edges = h.edges + h.row_ptr[u];
+    for (int64_t j = 0; j < count; ++j) {
+      edges[j] = {weights[j], slopes[j]};
+    }
+  });
+  for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
+    A* q_grad = h.q_grad + (u - h.begin) * width;
+    fill(q_grad, A(0), h.packs);
+    add_rows(h.slopes + place, h.k, h.sender + h.row_ptr[u], count, h.packs, q_grad);
+    multiply(q_grad, h.scale, h.packs);
+  });
 }
 
 // dv = sum p g, dk = scale sum ds q, over the receivers of a sender.
@@ -241,15 +288,17 @@ M2MKD_INLINE void backward_column(const SenderGrad<A>& h, int64_t v) {
 
 template <typename A>
 M2MKD_INLINE void attend_rows(const ForwardHead<A>& head) {
-  for (int64_t u = head.begin; u < head.end; ++u) {
-    attend_row(head, u);
+  for (Block block{head.begin, head.begin}; block.end < head.end;) {
+    block = next_block(head.row_ptr, block.end, head.end);
+    attend_block(head, block);
   }
 }
 
 template <typename A>
 M2MKD_INLINE void backward_rows(const ReceiverGrad<A>& head) {
-  for (int64_t u = head.begin; u < head.end; ++u) {
-    backward_row(head, u);
+  for (Block block{head.begin, head.begin}; block.end < head.end;) {
+    block = next_block(head.row_ptr, block.end, head.end);
+    backward_block(head, block);
   }
 }
 

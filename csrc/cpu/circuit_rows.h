@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../checks.h"
@@ -17,6 +18,16 @@ constexpr int64_t kPack = 64 / sizeof(A);
 
 constexpr int64_t kMaxWidth = 256;
 
+// Receivers, and edges of more than one receiver, that are worked on together.
+constexpr int64_t kBlockRows = 8;
+constexpr int64_t kBlockEdges = 64;
+
+// Room in a buffer of scores: each receiver of a block has whole packs, and one pack is spare.
+template <typename A>
+constexpr int64_t scores_room(int64_t largest_degree) {
+  return std::max(largest_degree, kBlockEdges) + (kBlockRows + 1) * kPack<A>;
+}
+
 // What the sender pass needs of an edge: its attention weight, and the gradient of its score.
 template <typename A>
 struct EdgeGrad {
@@ -25,8 +36,7 @@ struct EdgeGrad {
 };
 
 // Receivers [begin, end) of one head, forward. q, out and lse start at receiver begin, k and v at
-// sender 0; bias (or null), like sender, at edge 0. scores has room for the largest degree and a
-// pack.
+// sender 0; bias (or null), like sender, at edge 0. scores has room for scores_room numbers.
 template <typename A>
 struct ForwardHead {
   const A* q;

@@ -13,3 +13,5 @@
 #endif
 
 #define M2MKD_INLINE inline __attribute__((always_inline))
+// The same for a lambda, between its parameters and its body.
+#define M2MKD_INLINE_LAMBDA __attribute__((always_inline))

@@ -51,7 +51,7 @@ def circuit_attention(
         scale: Factor of q.k; 1 / sqrt(D) where None.
         impl: sparse (needs compiled kernels and D <= 256), dense (scaled_dot_product_attention
             with a [U, V] bias), reference (plain PyTorch per edge), or auto, which takes sparse up
-            to the density at which dense becomes faster on this device.
+            to the density at which dense becomes faster (see `crossover`).
 
     Returns:
         [B, H, U, D] in the dtype of q; differentiable in q, k, v and edge_bias.
@@ -80,22 +80,39 @@ def _choose(
 ) -> str:
     """The faster of sparse and dense by density."""
     del scale
-    if not has_kernels(q.device) or q.shape[3] > MAX_WIDTH:
+    width = q.shape[3]
+    if not has_kernels(q.device) or not 1 <= width <= MAX_WIDTH:
         return "dense"
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, bias)
-    )
-    return "sparse" if circuit.density <= crossover(q.device.type, q.dtype, wants_grad) else "dense"
+    enabled = torch.is_grad_enabled()
+    wants_grad = enabled and any(t.requires_grad for t in (q, k, v))
+    wants_bias_grad = enabled and bias is not None and bias.requires_grad
+    limit = crossover(q.device.type, q.dtype, width, wants_grad, wants_bias_grad)
+    return "sparse" if circuit.density <= limit else "dense"
 
 
-def crossover(device_type: str, dtype: torch.dtype, wants_grad: bool) -> float:
+def crossover(
+    device_type: str,
+    dtype: torch.dtype,
+    width: int,
+    wants_grad: bool,
+    wants_bias_grad: bool,
+) -> float:
     """The density up to which `auto` takes the sparse kernel.
+
+    On a CPU both times are measured (AVX2, one thread, widths 16, 64 and 128, float32 and bfloat16,
+    `benchmarks/bench_circuit_attention.py`): without a gradient of the bias they meet at 50 to 62 %
+    whatever the width. With one, torch leaves its fused kernel and spells attention out, which
+    costs less the wider heads are: they meet at 62 % for width 128 and at 84 to 93 % for 64, and
+    at width 16 the sparse kernel is faster on complete circuits too.
 
     Args:
         device_type: cpu or cuda.
         dtype: Of the queries.
-        wants_grad: Whether a backward pass may follow.
+        width: Of a head.
+        wants_grad: Whether a backward pass to queries, keys or values may follow.
+        wants_bias_grad: Whether one to the edges' biases may.
     """
+    wants_grad = wants_grad or wants_bias_grad
     if device_type == "cuda":
         # Estimated for an H100 from csrc/KERNELS.md, not measured, at D = 64. An edge of a head
         # takes sparse 1/21e9 s in half types and 1/11e9 s in float32 through L2, a third of that
@@ -105,7 +122,7 @@ def crossover(device_type: str, dtype: torch.dtype, wants_grad: bool) -> float:
         # gradient per head.
         density = 0.04 if dtype in (torch.float16, torch.bfloat16) else 0.12
         return 1.5 * density if wants_grad else density
-    return 0.48 if wants_grad else 0.40
+    return min(1.0, 0.4 + 28 / width) if wants_bias_grad else 0.57
 
 
 def _sparse(

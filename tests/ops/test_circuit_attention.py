@@ -281,16 +281,17 @@ def test_a_complete_circuit_is_full_attention() -> None:
 
 @needs_kernels
 def test_auto_takes_the_kernel_up_to_the_crossover_and_dense_above() -> None:
-    inputs = attention_inputs(Problem(1, 2, 40, 40, 16, "complete", "shared"), torch.float32)
+    inputs = attention_inputs(Problem(1, 2, 40, 40, 64, "complete", "shared"), torch.float32)
     q, k, v = (inputs[name] for name in ("q_BHUD", "k_BHVD", "v_BHVD"))
-    for wants_grad in (True, False):
-        limit = crossover("cpu", torch.float32, wants_grad)
+    for wants_grad, biased in ((False, False), (True, False), (True, True)):
+        limit = crossover("cpu", torch.float32, 64, wants_grad, biased)
         assert 0 < limit < 1
         for density, expected in ((0.9 * limit, "sparse"), (1.1 * limit, "dense")):
             flat = torch.arange(1600) < density * 1600
             circuit = ops.Circuit.from_dense(flat.view(40, 40))
+            bias = torch.zeros(circuit.num_edges, requires_grad=biased)
             with torch.set_grad_enabled(wants_grad):
-                assert _choose(q, k, v, circuit, None, 1.0) == expected
+                assert _choose(q, k, v, circuit, bias, 1.0) == expected
 
 
 @pytest.mark.parametrize("impl", ["auto", "sparse", "dense", "reference"])
