@@ -172,7 +172,7 @@ def _grade_damaged(
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             found = corrupt_run(opened.run, data, device, reporter)
         else:
-            found = measure_corruptions(predict, data, reporter)
+            found = measure_corruptions(predict, data.validation_batches, reporter)
     values |= found
     lines = [
         f"SOURCE: top-1 on {found['count']} validation images, clean {found['clean']:.2f} %, "

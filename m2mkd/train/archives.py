@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -15,11 +14,10 @@ from m2mkd.train.image_set import (
     ArrayImages,
     FileImages,
     ImageDataset,
+    TableImages,
     TarImages,
     TarMember,
     contents,
-    decode_image,
-    read_image,
     some,
 )
 
@@ -156,27 +154,6 @@ def _samples(shards: list[Path]) -> list[tuple[TarMember, int]]:
             )
         found += [(member, classes[key]) for key, member in images.items()]
     return found
-
-
-class TableImages:
-    """Images of a Hugging Face data set, decoded when they are asked for."""
-
-    def __init__(self, table: Any, column: str, *, mode: str, source: str) -> None:
-        self._table = table
-        self._column = column
-        self._mode = mode
-        self._source = source
-
-    def read(self, position: int) -> Image.Image:
-        """Decodes one image; raises what `decode_image` does."""
-        cell = self._table[position][self._column]
-        if cell.get("bytes"):
-            return decode_image(cell["bytes"], self._mode, self.describe(position))
-        return read_image(str(cell.get("path")), self._mode)
-
-    def describe(self, position: int) -> str:
-        """Returns the data set and the position in it."""
-        return f"{self._source} image {position}"
 
 
 def hugging_face(root: Path | None, mode: str, name: str) -> tuple[ImageDataset, ImageDataset]:

@@ -8,8 +8,8 @@ files. Letters: C channels, H height, W width.
 """
 
 import io
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as ops
 
-from m2mkd.train.evaluate import evaluate_logits
+from m2mkd.train.evaluate import Batches, evaluate_logits
 from m2mkd.train.progress import Reporter
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -40,31 +40,29 @@ def corrupt(pixels_CHW: Tensor, kind: str, severity: int) -> Tensor:
     return damage(pixels_CHW, strengths[severity - 1])
 
 
-class Corruptible(Protocol):
-    """What `measure_corruptions` needs of `m2mkd.train.data.ImageData`."""
-
-    def validation_batches(
-        self, corruption: tuple[str, int] | None = None
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yields images and labels."""
-        ...
-
-
 def measure_corruptions(
-    predict: Callable[[Tensor], Tensor], data: Corruptible, reporter: Reporter
+    predict: Callable[[Tensor], Tensor],
+    batches: Callable[[tuple[str, int] | None], Batches],
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Grades anything that maps images to logits under every corruption at every severity.
+
+    Args:
+        predict: Maps images [B, C, H, W] to logits.
+        batches: Gives images and labels under a kind and severity of damage, or clean ones:
+            `m2mkd.train.data.ImageData.validation_batches`.
+        reporter: Where progress goes.
 
     Returns:
         `clean` (top-1 without damage, per cent), `count` (images), `top1` (by kind, a list over the
         severities), `mean` (over all of them).
     """
-    clean = evaluate_logits(predict, data.validation_batches())
+    clean = evaluate_logits(predict, batches(None))
     top1: dict[str, list[float]] = {kind: [] for kind in CORRUPTIONS}
     reporter.start("corruptions", len(CORRUPTIONS) * len(SEVERITIES))
     for kind in CORRUPTIONS:
         for severity in SEVERITIES:
-            result = evaluate_logits(predict, data.validation_batches((kind, severity)))
+            result = evaluate_logits(predict, batches((kind, severity)))
             top1[kind].append(round(result.top1, 3))
             reporter.advance(f"{kind} {severity}: {result.top1:.1f} %")
     reporter.finish()

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from m2mkd.errors import DataError
 
 Indices = npt.NDArray[np.int64]
-
-
-class ImageSource(Protocol):
-    """Where images are, addressed by position."""
-
-    def read(self, position: int) -> Image.Image:
-        """Decodes one image; raises DataError, naming it, where that fails."""
-        ...
-
-    def describe(self, position: int) -> str:
-        """Says where an image comes from, for messages."""
-        ...
 
 
 class ArrayImages:
@@ -96,6 +84,31 @@ class TarImages:
         """Returns archive and name."""
         member = self._members[position]
         return f"{member.archive}:{member.name}"
+
+
+class TableImages:
+    """Images of a Hugging Face data set, decoded when they are asked for."""
+
+    def __init__(self, table: Any, column: str, *, mode: str, source: str) -> None:
+        self._table = table
+        self._column = column
+        self._mode = mode
+        self._source = source
+
+    def read(self, position: int) -> Image.Image:
+        """Decodes one image; raises what `decode_image` does."""
+        cell = self._table[position][self._column]
+        if cell.get("bytes"):
+            return decode_image(cell["bytes"], self._mode, self.describe(position))
+        return read_image(str(cell.get("path")), self._mode)
+
+    def describe(self, position: int) -> str:
+        """Returns the data set and the position in it."""
+        return f"{self._source} image {position}"
+
+
+# Anything that decodes an image by position, and says where it comes from.
+ImageSource = ArrayImages | FileImages | TarImages | TableImages
 
 
 class ImageDataset:

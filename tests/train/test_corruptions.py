@@ -67,14 +67,10 @@ def test_the_same_damage_is_done_each_time_with_any_workers() -> None:
     assert not torch.equal(one, clean)
 
 
-class FakeData:
+def fake_batches(corruption: tuple[str, int] | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Two images whose brightness is the severity of their damage."""
-
-    def validation_batches(
-        self, corruption: tuple[str, int] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        severity = 0 if corruption is None else corruption[1]
-        yield torch.full((2, 1, 1, 1), float(severity)), torch.tensor([0, 1])
+    severity = 0 if corruption is None else corruption[1]
+    yield torch.full((2, 1, 1, 1), float(severity)), torch.tensor([0, 1])
 
 
 def test_every_kind_and_severity_is_graded() -> None:
@@ -83,7 +79,7 @@ def test_every_kind_and_severity_is_graded() -> None:
         severity = images[0, 0, 0, 0]
         return torch.eye(2) if severity <= 2 else torch.tensor([[1.0, 0.0], [1.0, 0.0]])
 
-    found = measure_corruptions(predict, FakeData(), Reporter(quiet=True))
+    found = measure_corruptions(predict, fake_batches, Reporter(quiet=True))
     assert found["clean"] == 100.0 and found["count"] == 2
     assert found["top1"] == {kind: [100.0, 100.0, 50.0, 50.0, 50.0] for kind in CORRUPTIONS}
     assert found["mean"] == 70.0

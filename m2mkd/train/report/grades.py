@@ -73,7 +73,7 @@ def corrupt_run(
         logits_BC: Tensor = model(images_BCHW.to(device))
         return logits_BC
 
-    found = measure_corruptions(predict, data, reporter)
+    found = measure_corruptions(predict, data.validation_batches, reporter)
     found["digest"] = checkpoint.meta.get("digest")
     write_text(run / CORRUPTIONS, json.dumps(found, indent=1))
     return found
