@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from m2mkd.distill import SupervisedTask
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import (
+    Checkpoint,
     ModelCard,
     load_model,
     write_checkpoint,
@@ -104,11 +105,7 @@ def prune_run(
     _check_wishes(mediators, budget, inputs, finetune)
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or choose another folder with --out")
-    model, checkpoint = load_model(source)
-    if not isinstance(model, NAC):
-        raise ConfigError(
-            f"{source} is a {type(model).__name__}; only a NAC has mediators to prune"
-        )
+    model, checkpoint = _load_nac(source)
     recipe = load_recipe(str(recipe_file)) if finetune else None
     data = ImageData(data_config, recipe.seed if recipe else 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -276,6 +273,15 @@ def plot_curve(result: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise write_failure(path, error) from error
+
+
+def _load_nac(source: Path) -> tuple[NAC, Checkpoint]:
+    model, checkpoint = load_model(source)
+    if not isinstance(model, NAC):
+        raise ConfigError(
+            f"{source} is a {type(model).__name__}; only a NAC has mediators to prune"
+        )
+    return model, checkpoint
 
 
 def _check_wishes(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 from m2mkd.errors import CheckpointError, ConfigError
-from m2mkd.models.checkpoint import load_model
+from m2mkd.models.checkpoint import load_model, read_checkpoint, write_checkpoint
 from m2mkd.models.nac_pruning import keep_latents, latent_traffic
 from m2mkd.recipe import load_data
 from m2mkd.train import prune
@@ -144,3 +145,13 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: P
     with pytest.raises(CheckpointError, match="run exists; remove it or choose another folder"):
         prune_to(tmp_path / "run", budget=1.0)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_network_without_mediators_is_refused(tmp_path: Path) -> None:
+    write_nac_run(tmp_path / "run")
+    stage = tmp_path / "run" / "end_to_end"
+    card = read_checkpoint(stage / "step_000000").card
+    card = replace(card, model="vit_tiny_patch16_224", model_args={"patch_size": 4, "depth": 1})
+    write_checkpoint(stage, 0, card.build().state_dict(), meta={"card": asdict(card)})
+    with pytest.raises(ConfigError, match="is a VisionTransformer; only a NAC has mediators"):
+        prune_to(tmp_path / "small", budget=1.0)
