@@ -11,6 +11,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 GRAPH = "latent_graphs.0"
+DEPTHS = {"pico": (1, 1, 0), "micro": (3, 3, 3), "femto": (1, 0, 0)}
 
 
 class Literal:
@@ -82,23 +83,27 @@ class Literal:
         return F.conv2d(x, weight, self.get(f"{name}.bias", out), **options)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Two stages of one ConvNeXt block each (preset `pico`), and the grid."""
+        """The first stages of a ConvNeXt, and the grid."""
+        options = self.config["input_tokenizer_kwargs"]
         root, width = "input_tokenizer.backbone", self.config["state_dim"]
+        depths = DEPTHS[options["capacity_preset"]][: options.get("num_stages", 3)]
         x = images
-        for i, dim in enumerate((width // 4, width // 2)):
+        for i, (depth, dim) in enumerate(
+            zip(depths, (width // 4, width // 2, width), strict=False)
+        ):
             down = f"{root}.downsample_layers.{i}"
             if i == 0:
                 x = self.conv_norm(self.conv(x, f"{down}.0", dim, 4, stride=4), f"{down}.1")
             else:
                 x = self.conv(self.conv_norm(x, f"{down}.0"), f"{down}.1", dim, 2, stride=2)
-            block = f"{root}.stages.{i}.0"
-            y = self.conv(x, f"{block}.dwconv", dim, 7, padding=3, groups=dim)
-            y = self.layer_norm(y.permute(0, 2, 3, 1), f"{block}.norm", 1e-6)
-            y = self.linear(
-                F.gelu(self.linear(y, f"{block}.pwconv1", 4 * dim)), f"{block}.pwconv2", dim
-            )
-            x = x + (y * self.get(f"{block}.gamma", dim)).permute(0, 3, 1, 2)
-        grid = self.config["input_tokenizer_kwargs"]["positional_grid_kwargs"]
+            for j in range(depth):
+                block = f"{root}.stages.{i}.{j}"
+                y = self.conv(x, f"{block}.dwconv", dim, 7, padding=3, groups=dim)
+                y = self.layer_norm(y.permute(0, 2, 3, 1), f"{block}.norm", 1e-6)
+                y = F.gelu(self.linear(y, f"{block}.pwconv1", 4 * dim))
+                y = self.linear(y, f"{block}.pwconv2", dim) * self.get(f"{block}.gamma", dim)
+                x = x + y.permute(0, 3, 1, 2)
+        grid = options["positional_grid_kwargs"]
         positions = self.get(
             "input_tokenizer.positional_grid.grid", grid["dim"], *grid["grid_size"]
         )

@@ -159,6 +159,34 @@ def test_a_read_out_student_with_a_head_gives_the_literal_logits() -> None:
     torch.testing.assert_close(stage(tokens), expected, atol=VALUES, rtol=1e-5)
 
 
+SIZES = {
+    "three stages": {
+        "capacity_preset": "femto",
+        "num_stages": 3,
+        "positional_grid_kwargs": {"dim": 6, "grid_size": [2, 2]},
+    },
+    "more blocks, and a grid that is not square": {
+        "capacity_preset": "micro",
+        "num_stages": 2,
+        "positional_grid_kwargs": {"dim": 4, "grid_size": [4, 2]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_sizes_give_the_literal_logits(name: str) -> None:
+    """No two widths alike, so that none can stand in for another."""
+    config = make_config({"code_dim": 20, "signature_dim": 10, "num_heads": 3, "head_dim": 8})
+    config |= {"state_dim": 48, "output_dim": 7, "input_tokenizer_kwargs": SIZES[name]}
+    config["latent_graph_kwargs"]["read_in_kwargs"] = {"path_drop_prob": 0.0}
+    config["latent_graph_kwargs"] |= {"num_iterations": 3, "num_mediator_latents": 13}
+    images = torch.randn(2, 3, 32, 32 if name == "three stages" else 16)
+    literal = Literal(config)
+    expected = literal.logits(images)
+    nac = official.load("nac", literal.state, config)
+    torch.testing.assert_close(nac(images), expected, atol=VALUES, rtol=1e-5)
+
+
 def test_repetitions_of_a_shared_propagator_are_checked(images: torch.Tensor) -> None:
     """The published layout lists a shared propagator once for every layer."""
     literal = Literal(make_config(OPTIONS["one propagator for all layers"]))
