@@ -2,14 +2,17 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from m2mkd.errors import CheckpointError, ConfigError
-from m2mkd.models import official
+from m2mkd.models import NAC, official
+from m2mkd.models.official_nac import nac_arguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden_files import Golden
@@ -185,6 +188,87 @@ def test_other_sizes_give_the_literal_logits(name: str) -> None:
     expected = literal.logits(images)
     nac = official.load("nac", literal.state, config)
     torch.testing.assert_close(nac(images), expected, atol=VALUES, rtol=1e-5)
+
+
+PUBLISHED = {
+    "nac_tiny_imagenet": (64, 8, 384, 2.0, 6, 64, 256, "tiny", 200),
+    "nac_imagenet": (64, 28, 512, 1.0, 8, 192, 768, None, 1000),
+}
+PRESETS = {
+    "barabasi-albert": ({"n": 256, "m": 2}, "barabasi_albert", {"m": 2}),
+    "erdos-renyi": ({"n": 256, "p": 0.1}, "erdos_renyi", {"p": 0.1}),
+    "ring-of-cliques": (
+        {"num_cliques": 8, "clique_size": 32},
+        "ring_of_cliques",
+        {"num_cliques": 8},
+    ),
+    "planted-partition": (
+        {"l": 8, "k": 32, "p_in": 0.9, "p_out": 0.2},
+        "planted_partition",
+        {"num_clusters": 8, "p_in": 0.9, "p_out": 0.2},
+    ),
+}
+
+
+def published_file(name: str, preset: str) -> dict[str, Any]:
+    """The published experiment's file of a model, as far as it describes the network."""
+    grid_dim, side, width, ratio, heads, inputs, mediators, tokenizer, classes = PUBLISHED[name]
+    config = make_config(
+        {
+            "code_dim": width,
+            "signature_dim": 64,
+            "ffn_capacity_factor": ratio,
+            "num_heads": heads,
+            "head_dim": 64,
+            "num_input_latents": inputs,
+            "num_mediator_latents": mediators,
+            "num_output_latents": 64,
+            "num_iterations": 8,
+            "mediator_latent_kwargs": {
+                "graph_preset": preset,
+                "graph_generator_kwargs": PRESETS[preset][0],
+            },
+        }
+    )
+    config["latent_graph_kwargs"]["read_in_kwargs"]["num_heads"] = heads
+    config |= {"state_dim": width, "output_dim": classes}
+    positions = {"dim": grid_dim, "grid_size": [side, side]}
+    config["input_tokenizer_kwargs"] = {"num_stages": 2, "positional_grid_kwargs": positions}
+    if tokenizer is not None:
+        config["input_tokenizer_kwargs"]["capacity_preset"] = tokenizer
+    return {"model": {"name": "NeuralCompiler", "kwargs": config}, "training": {"num_epochs": 400}}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_describe_our_models_of_that_name(name: str) -> None:
+    arguments = nac_arguments(published_file(name, "barabasi-albert"))
+    with torch.device("meta"):
+        theirs, ours = NAC(**arguments), timm.create_model(name, prior="none")
+    assert {n: p.shape for n, p in theirs.named_parameters()} == {
+        n: p.shape for n, p in ours.named_parameters()
+    }
+    block, expected = theirs.propagators[0].options, ours.propagators[0].options
+    assert replace(block, drop_path=0.0, ffn_fc=block.fc) == replace(expected, ffn_fc=expected.fc)
+    assert theirs.read_out.options == replace(ours.read_out.options, ffn_fc=block.fc)
+    assert theirs.read_in.options == replace(
+        ours.read_in.options, ffn_fc=block.fc, share_norm=theirs.read_in.options.share_norm
+    )
+    assert theirs.kernels[0].options == ours.kernels[0].options
+    assert arguments["drop_path_rate"] == 0.1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_graph_presets_are_our_priors(preset: str) -> None:
+    file = published_file("nac_tiny_imagenet", preset)
+    arguments = nac_arguments(file, with_prior=True)
+    _, prior, options = PRESETS[preset]
+    assert (arguments["prior"], arguments["prior_args"]) == (prior, options)
+    assert "prior" not in nac_arguments(file)
+
+
+def test_another_model_is_not_a_nac() -> None:
+    with pytest.raises(ConfigError, match="not a NeuralCompiler"):
+        nac_arguments({"model": {"name": "PerceiverIO", "kwargs": {}}})
 
 
 def test_repetitions_of_a_shared_propagator_are_checked(images: torch.Tensor) -> None:
