@@ -54,9 +54,8 @@ Kind = Literal["nac", "nac_students", "vmoe", "vit", "nac_readin", "nac_mediator
 @click.option("--ema", is_flag=True, help="Take the moving average of the weights.")
 @click.option(
     "--dataset",
-    type=click.Choice(["image_folder", "fashion_mnist", "digits"]),
-    default="image_folder",
-    help="What `m2mkd evaluate` measures it on.",
+    help="What `m2mkd evaluate` measures it on, as in recipes.  [default: the config's, or "
+    "image_folder]",
 )
 @click.option(
     "--root",
@@ -74,7 +73,7 @@ def import_(
     grid: "GridChoice",
     classifier: "ClassifierChoice",
     ema: bool,
-    dataset: str,
+    dataset: str | None,
     root: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,

@@ -22,6 +22,8 @@ _HEADER = """\
 """
 # The published evaluation crops the centre of an image 256 / 224 as large.
 _CROP = 0.875
+# The published names of data sets, as recipes call them.
+_DATASETS = {"TINY-IMNET": "tiny_imagenet", "IMNET": "imagenet"}
 
 
 def published_data(
@@ -29,7 +31,7 @@ def published_data(
     *,
     image_size: int,
     channels: int,
-    dataset: str,
+    dataset: str | None,
     root: Path | None,
     overrides: tuple[str, ...] = (),
 ) -> DataConfig:
@@ -39,16 +41,18 @@ def published_data(
         config: The published file; its data.dataset.kwargs.data_path is the root if there is none.
         image_size: Of the network.
         channels: Of the network.
-        dataset: One that recipes know.
+        dataset: One that recipes know; None takes the published one.
         root: Its folder.
         overrides: `data.key=value` strings.
 
     Raises:
         ConfigError: A key or value that cannot work.
     """
+    published = (config.get("data") or {}).get("dataset") or {}
+    if dataset is None:
+        dataset = _DATASETS.get(published.get("name", ""), "image_folder")
     if root is None and dataset != "digits":
-        kwargs = ((config.get("data") or {}).get("dataset") or {}).get("kwargs") or {}
-        root = Path(kwargs.get("data_path") or "data")
+        root = Path((published.get("kwargs") or {}).get("data_path") or "data")
     values: dict[str, Any] = {
         "dataset": dataset,
         "image_size": image_size,

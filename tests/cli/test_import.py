@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from m2mkd.cli.main import main
 from m2mkd.models import official
@@ -52,7 +53,12 @@ def nac_file(tmp_path: Path) -> tuple[Path, Path]:
     torch.save({"model": state, "model_ema": ema, "epoch": 3, "args": args}, path)
     experiment = {
         "model": {"name": "NeuralCompiler", "kwargs": golden.config},
-        "data": {"dataset": {"kwargs": {"data_path": "/PATH/TO/TINY", "input_size": 32}}},
+        "data": {
+            "dataset": {
+                "name": "TINY-IMNET",
+                "kwargs": {"data_path": "/PATH/TO/TINY", "input_size": 32},
+            }
+        },
     }
     config.write_text(yaml.safe_dump(experiment))
     return path, config
@@ -79,6 +85,8 @@ def test_an_imported_nac_gives_the_published_logits(nac_file: tuple, tmp_path: P
     torch.testing.assert_close(logits, golden["out/logits"], atol=2e-5, rtol=0)
     assert checkpoint.card.class_names == [str(i) for i in range(10)]
     assert checkpoint.card.preprocessing["crop_pct"] == 0.875
+    data = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]
+    assert (data["dataset"], data["root"]) == ("tiny_imagenet", "/PATH/TO/TINY")
     assert json.loads((tmp_path / "run" / "import.json").read_text())["placed"] == facts["placed"]
 
 
@@ -109,6 +117,31 @@ def test_an_imported_network_is_evaluated_on_its_data(tmp_path: Path) -> None:
     result = run("evaluate", tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["count"] > 100
+
+
+def write_folder(root: Path, names: list[str]) -> None:
+    for split in ("train", "val"):
+        for i, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(root / split / name / "a.png")
+
+
+def test_numbered_classes_are_those_of_the_data_set_met_later(
+    nac_file: tuple, tmp_path: Path
+) -> None:
+    path, config = nac_file
+    args = ["--kind", "nac", "--config", config, "--dataset", "image_folder"]
+    imported(path, *args, "-o", tmp_path / "run")
+    names = [f"class {i}" for i in range(10)]
+    write_folder(tmp_path / "images", names)
+    result = run("evaluate", tmp_path / "run", "--root", tmp_path / "images", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["count"] == 10
+    imported(path, *args, "--root", tmp_path / "images", "-o", tmp_path / "named")
+    assert load_model(tmp_path / "named")[1].card.class_names == names
+    write_folder(tmp_path / "fewer", names[:4])
+    message = error_of(path, *args, "--root", tmp_path / "fewer", "-o", tmp_path / "other")
+    assert "the data set has 4 classes, the network 10" in message
 
 
 def test_another_image_size_and_other_classes_need_a_choice(
