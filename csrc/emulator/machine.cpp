@@ -1,6 +1,7 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,8 +54,9 @@ void thread_main() {
 
 }  // namespace
 
-Machine& machine() {
+Machine& make_machine() {
   static thread_local Machine instance;
+  own_machine = &instance;
   return instance;
 }
 
@@ -116,6 +118,7 @@ void Machine::begin_block(uint32_t block) {
   block_ = block;
   memory.begin_block();
   at_barrier_ = ended_ = 0;
+  in_warp_call_.fill(0);
   runnable_.clear();
   for (int i = 0; i < count_; ++i) {
     Thread& thread = *threads_[i];
@@ -207,48 +210,53 @@ void Machine::complete_barrier() {
 
 // Lets the lanes of a warp operation go on when all that its mask names have arrived.
 void Machine::complete_warp(Thread& arrived) {
-  const WarpCall& call = arrived.call;
-  std::vector<Thread*> lanes;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const int number = arrived.warp() * kWarp + lane;
-    if (call.mask >> lane & 1) {
-      if (number >= count_ || threads_[number]->wait != Wait::warp) {
-        return;
-      }
-      lanes.push_back(threads_[number].get());
-    }
+  unsigned& waiting = in_warp_call_[arrived.warp()];
+  waiting |= 1u << arrived.lane();
+  const unsigned mask = arrived.call.mask;
+  if ((waiting & mask) == mask && is_one_call(arrived)) {
+    waiting &= ~mask;
+    answer_warp(arrived.warp(), mask);
   }
-  for (const Thread* other : lanes) {
-    const bool same = other->call.mask == call.mask && !std::strcmp(other->call.name, call.name);
-    if (!same || (other->site != arrived.site && frames(other->site) != frames(arrived.site))) {
-      fail("divergent warp operation: lanes wait for each other in different ones",
-           {{name(arrived) + waits(arrived), arrived.site},
-            {name(*other) + waits(*other), other->site}});
-      return;
-    }
-  }
-  answer_warp(lanes);
 }
 
-// All of `lanes` have arrived in one operation.
-void Machine::answer_warp(const std::vector<Thread*>& lanes) {
-  std::array<uint64_t, kWarp> bits = {};
-  std::array<uint32_t, kWarp> clock = {};
-  unsigned votes = 0;
-  for (const Thread* thread : lanes) {
-    bits[thread->lane()] = thread->call.bits;
-    votes |= static_cast<unsigned>(thread->call.bits & 1) << thread->lane();
-    for (int i = 0; i < kWarp; ++i) {
-      clock[i] = std::max(clock[i], thread->clock[i]);
+// Whether all lanes of a mask, which have arrived, are in the same operation at the same place.
+bool Machine::is_one_call(const Thread& arrived) {
+  const WarpCall& call = arrived.call;
+  for (unsigned left = call.mask; left != 0; left &= left - 1) {
+    const Thread& other = *threads_[arrived.warp() * kWarp + std::countr_zero(left)];
+    const bool same = other.call.mask == call.mask && !std::strcmp(other.call.name, call.name);
+    if (!same || (other.site != arrived.site && frames(other.site) != frames(arrived.site))) {
+      fail("divergent warp operation: lanes wait for each other in different ones",
+           {{name(arrived) + waits(arrived), arrived.site},
+            {name(other) + waits(other), other.site}});
+      return false;
     }
   }
-  for (Thread* thread : lanes) {
-    WarpCall& call = thread->call;
+  return true;
+}
+
+void Machine::answer_warp(int warp, unsigned mask) {
+  std::array<uint64_t, kWarp> bits;
+  std::array<uint32_t, kWarp> clock = {};
+  unsigned votes = 0;
+  for (unsigned left = mask; left != 0; left &= left - 1) {
+    const Thread& thread = *threads_[warp * kWarp + std::countr_zero(left)];
+    bits[thread.lane()] = thread.call.bits;
+    votes |= static_cast<unsigned>(thread.call.bits & 1) << thread.lane();
+    if (thread.call.kind == WarpCall::sync) {
+      for (int i = 0; i < kWarp; ++i) {
+        clock[i] = std::max(clock[i], thread.clock[i]);
+      }
+    }
+  }
+  for (unsigned left = mask; left != 0; left &= left - 1) {
+    Thread& thread = *threads_[warp * kWarp + std::countr_zero(left)];
+    WarpCall& call = thread.call;
     if (call.kind == WarpCall::shuffle) {
-      if ((call.mask >> call.source & 1) == 0) {
+      if ((mask >> call.source & 1) == 0) {
         fail("missing lane: a lane reads from one that its mask does not name",
-             {{name(*thread) + waits(*thread) + " for lane " + std::to_string(call.source),
-               thread->site}});
+             {{name(thread) + waits(thread) + " for lane " + std::to_string(call.source),
+               thread.site}});
         return;
       }
       call.bits = bits[call.source];
@@ -256,11 +264,11 @@ void Machine::answer_warp(const std::vector<Thread*>& lanes) {
       call.bits = votes;
     } else {
       // Of the warp operations only __syncwarp orders memory.
-      thread->clock = clock;
-      ++thread->clock[thread->lane()];
-      new_segment(*thread);
+      thread.clock = clock;
+      ++thread.clock[thread.lane()];
+      new_segment(thread);
     }
-    make_runnable(*thread);
+    make_runnable(thread);
   }
 }
 

@@ -112,7 +112,8 @@ class Machine {
   void after_turn(Thread& thread);
   void complete_barrier();
   void complete_warp(Thread& arrived);
-  void answer_warp(const std::vector<Thread*>& lanes);
+  bool is_one_call(const Thread& arrived);
+  void answer_warp(int warp, unsigned mask);
   void suspend(Wait wait, Site site);
   void explain_deadlock();
   void explain_missing_lane(const Thread& waiting);
@@ -126,14 +127,17 @@ class Machine {
   int at_barrier_ = 0;
   int ended_ = 0;
   std::vector<int> runnable_;
+  std::array<unsigned, 1024 / kWarp> in_warp_call_ = {};  // lanes of each warp
   std::vector<Segment> segments_;
   uint32_t block_ = 0;
   uint64_t random_state_ = 0;
   uint64_t launches_ = 0;
 };
 
-// Of this host thread.
-Machine& machine();
+// Of this host thread. Every access of a kernel asks for it, so it is cheap after the first time.
+Machine& make_machine();
+inline thread_local Machine* own_machine __attribute__((tls_model("initial-exec"))) = nullptr;
+inline Machine& machine() { return own_machine != nullptr ? *own_machine : make_machine(); }
 
 // Marks a call from kernels or hosts into the emulator.
 class Call {

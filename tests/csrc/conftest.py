@@ -1,4 +1,4 @@
-"""Lets these tests import emulation.py and those of the ops: importlib mode leaves sys.path alone."""
+"""Lets tests import emulation.py and those of the ops: importlib mode leaves sys.path alone."""
 
 import sys
 from pathlib import Path
