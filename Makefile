@@ -63,12 +63,12 @@ lint: $(STAMP)  ## check style, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
+	find csrc tests/csrc -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 format: $(STAMP)  ## rewrite Python and C++ files in the house format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	find csrc -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format -i {} +
+	find csrc tests/csrc -regex '.*\.\(cpp\|h\|cu\|cuh\)' -exec $(BIN)/clang-format -i {} +
 
 clean:  ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info m2mkd/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -72,7 +72,10 @@ inline DeviceLimits device_limits() { return {}; }
 
 #define __syncthreads() ::m2mkd::emulator::syncthreads()
 
-inline void __syncwarp(unsigned mask = 0xffffffffu) { ::m2mkd::emulator::syncwarp(mask); }
+// Inlined, so that reports name the kernel's line also where calls are not followed.
+#define M2MKD_INLINE __attribute__((always_inline)) inline
+
+M2MKD_INLINE void __syncwarp(unsigned mask = 0xffffffffu) { ::m2mkd::emulator::syncwarp(mask); }
 
 namespace m2mkd::emulator {
 
@@ -83,7 +86,7 @@ inline int lane() {
 }
 
 template <typename T>
-T shuffle_value(const char* name, unsigned mask, T value, int source) {
+M2MKD_INLINE T shuffle_value(const char* name, unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
@@ -95,14 +98,14 @@ T shuffle_value(const char* name, unsigned mask, T value, int source) {
 }  // namespace m2mkd::emulator
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+M2MKD_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   const int first = ::m2mkd::emulator::lane() & ~(width - 1);
   return ::m2mkd::emulator::shuffle_value("__shfl_sync", mask, value,
                                           first | (source & (width - 1)));
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32) {
+M2MKD_INLINE T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32) {
   const int lane = ::m2mkd::emulator::lane(), end = (lane | (width - 1)) + 1;
   const int source = lane ^ distance;
   return ::m2mkd::emulator::shuffle_value("__shfl_xor_sync", mask, value,
@@ -110,7 +113,7 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32) {
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+M2MKD_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
   const int lane = ::m2mkd::emulator::lane(), end = (lane | (width - 1)) + 1;
   const int source = lane + static_cast<int>(distance);
   return ::m2mkd::emulator::shuffle_value("__shfl_down_sync", mask, value,
@@ -118,27 +121,27 @@ T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
 }
 
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
+M2MKD_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
   const int lane = ::m2mkd::emulator::lane(), first = lane & ~(width - 1);
   const int source = lane - static_cast<int>(distance);
   return ::m2mkd::emulator::shuffle_value("__shfl_up_sync", mask, value,
                                           source >= first ? source : lane);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+M2MKD_INLINE unsigned __ballot_sync(unsigned mask, int predicate) {
   return ::m2mkd::emulator::ballot("__ballot_sync", mask, predicate != 0);
 }
-inline int __any_sync(unsigned mask, int predicate) {
+M2MKD_INLINE int __any_sync(unsigned mask, int predicate) {
   return ::m2mkd::emulator::ballot("__any_sync", mask, predicate != 0) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate) {
+M2MKD_INLINE int __all_sync(unsigned mask, int predicate) {
   return ::m2mkd::emulator::ballot("__all_sync", mask, predicate != 0) == mask;
 }
 
 namespace m2mkd::emulator {
 
 template <typename T, typename F>
-T atomic_update(T* address, F&& next) {
+M2MKD_INLINE T atomic_update(T* address, F&& next) {
   const AtomicAccess access(address, sizeof(T), std::is_floating_point_v<T>);
   const T old = *address;
   *address = next(old);
@@ -148,25 +151,26 @@ T atomic_update(T* address, F&& next) {
 }  // namespace m2mkd::emulator
 
 template <typename T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
+M2MKD_INLINE T atomicAdd(T* address, std::type_identity_t<T> value) {
   return ::m2mkd::emulator::atomic_update(address, [=](T old) { return T(old + value); });
 }
 template <typename T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
+M2MKD_INLINE T atomicMax(T* address, std::type_identity_t<T> value) {
   return ::m2mkd::emulator::atomic_update(address,
                                           [=](T old) { return old < value ? value : old; });
 }
 template <typename T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
+M2MKD_INLINE T atomicMin(T* address, std::type_identity_t<T> value) {
   return ::m2mkd::emulator::atomic_update(address,
                                           [=](T old) { return value < old ? value : old; });
 }
 template <typename T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
+M2MKD_INLINE T atomicExch(T* address, std::type_identity_t<T> value) {
   return ::m2mkd::emulator::atomic_update(address, [=](T) { return value; });
 }
 template <typename T>
-T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+M2MKD_INLINE T atomicCAS(T* address, std::type_identity_t<T> expected,
+                         std::type_identity_t<T> value) {
   return ::m2mkd::emulator::atomic_update(address,
                                           [=](T old) { return old == expected ? value : old; });
 }

