@@ -96,7 +96,7 @@ def random_circuit(receivers: int, senders: int, density: float, device: str) ->
 
 def regular_circuit(size: int, device: str) -> ops.Circuit:
     """DEGREE senders for every receiver, without a [U, V] matrix."""
-    senders = torch.stack([torch.randperm(size)[:DEGREE] for _ in range(size)])
+    senders = torch.stack([torch.randperm(size)[:DEGREE].clone() for _ in range(size)])
     receivers = torch.arange(size)[:, None].expand_as(senders)
     return ops.Circuit.from_edges(receivers.flatten(), senders.flatten(), size, size).to(device)
 
