@@ -333,7 +333,8 @@ def test_the_kernel_itself_refuses_a_graph_that_reads_out_of_bounds(
 def test_on_cuda_half_types_go_dense_earlier_for_tensor_cores() -> None:
     for wants_grad in (False, True):
         half, full = (
-            crossover("cuda", dtype, wants_grad) for dtype in (torch.bfloat16, torch.float32)
+            crossover("cuda", dtype, 64, wants_grad, False)
+            for dtype in (torch.bfloat16, torch.float32)
         )
         assert 0 < half < full < crossover("cpu", torch.float32, wants_grad)
 
