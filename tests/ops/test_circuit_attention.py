@@ -336,7 +336,7 @@ def test_on_cuda_half_types_go_dense_earlier_for_tensor_cores() -> None:
             crossover("cuda", dtype, 64, wants_grad, False)
             for dtype in (torch.bfloat16, torch.float32)
         )
-        assert 0 < half < full < crossover("cpu", torch.float32, wants_grad)
+        assert 0 < half < full < crossover("cpu", torch.float32, 64, wants_grad, False)
 
 
 def test_on_cuda_the_dense_bias_has_the_dtype_of_the_queries(
