@@ -134,18 +134,26 @@ def nvcc_release() -> str:
 def compile_all(archs: Iterable[str], jobs: int) -> dict[str, list[Path]]:
     """Cubins of all sources by architecture; what has not changed is not compiled again."""
     key = hashlib.sha256(f"{nvcc_release()} {FLAGS}".encode())
-    for header in sorted(SOURCES.glob("*.h")):
-        key.update(header.read_bytes())
     work = []
     for arch in archs:
         for source in sorted(SOURCES.glob("*.cu")):
             mine = key.copy()
-            mine.update(source.read_bytes())
+            for file in [source, *included(source)]:
+                mine.update(file.read_bytes())
             folder = CUBINS / arch.replace(".", "")
             work.append((arch, source, folder / f"{source.stem}-{mine.hexdigest()[:12]}.cubin"))
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda job: _compile(*job), work))
     return {arch: [cubin for of, _, cubin in work if of == arch] for arch in archs}
+
+
+def included(source: Path) -> list[Path]:
+    """The project's headers that a source includes, and what those include."""
+    found: dict[Path, None] = {}
+    for name in re.findall(r'#include "(\w+\.h)"', source.read_text()):
+        header = SOURCES / name
+        found |= dict.fromkeys([header, *included(header)])
+    return list(found)
 
 
 def _compile(arch: str, source: Path, cubin: Path) -> None:

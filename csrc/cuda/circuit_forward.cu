@@ -80,7 +80,7 @@ __device__ void forward_row(const CircuitForward& a, const Head<L>& head, int re
     const int sender = a.sender[edges.own];
     const A bias = head.bias != nullptr ? head.bias[edges.own] : A(0);
     const A dot = own_dot<L>(query, keys, sender, packs, edges);
-    const A score = edges.valid ? dot * A(a.scale) + bias : A(-INFINITY);
+    const A score = edges.valid ? edge_score(dot, a.scale, bias) : A(-INFINITY);
     const A previous = largest;
     const A found = warp_max(score);
     largest = found > largest ? found : largest;

@@ -1,5 +1,6 @@
-// Gradients of queries and edge biases: a warp per receiver. With D = grad . out of a receiver and
-// the weight p = exp(score - lse) of an edge, the score's gradient is p (grad . value - D).
+// Gradients of queries and edge biases: a warp per receiver. With the weight p = exp(score - lse)
+// of an edge and D = grad . out of its receiver, which is the sum of p (grad . value) over its
+// edges, the score's gradient is p (grad . value - D).
 //
 // A bias is shared by the heads, and perhaps by the batch. The warp of a receiver goes through the
 // heads of one part of one example and adds each edge's gradient to the same entry, which no other
@@ -28,32 +29,88 @@ struct Head {
   bool adds;  // to what an earlier head left in edge_grad
 };
 
+// A receiver as its lanes hold it.
+template <class L>
+struct Receiver {
+  typename L::A query[L::kElements], grad[L::kElements];
+  typename L::A lse;
+  bool dead;       // no edge, or only biases of -inf; lse is 0 then
+  int first, end;  // edges
+};
+
+// The owner's bias; -inf, for a weight of 0, where it owns no edge or all weights are 0.
+template <class L>
+__device__ typename L::A own_bias(const Head<L>& head, const Receiver<L>& row,
+                                  const Edges<L>& edges) {
+  using A = typename L::A;
+  if (!edges.valid || row.dead) {
+    return -INFINITY;
+  }
+  return head.bias != nullptr ? head.bias[edges.own] : A(0);
+}
+
+// D of a row as the sum of weight times grad . value. It is grad . out where out is exact; the
+// rounding of half types in it would show in the gradients of biases, which are float32.
+template <class L, class Source>
+__device__ typename L::A mean_slope(const CircuitBackward& a, const Head<L>& head,
+                                    const Receiver<L>& row, Source keys, Source values, int packs) {
+  using A = typename L::A;
+  A sum = 0;  // of the group's edges
+  for (int first = row.first; first < row.end; first += kWarp) {
+    const Edges<L> edges(first, row.end, Lane<L>());
+    const int sender = a.sender[edges.own];
+    const A bias = own_bias<L>(head, row, edges);
+#pragma unroll 1
+    for (int t = 0; t < edges.steps; t += L::kBothAhead) {
+      Share<L> key[L::kBothAhead], value[L::kBothAhead];
+      load_ahead<L>(keys, sender, packs, edges, t, key);
+      load_ahead<L>(values, sender, packs, edges, t, value);
+#pragma unroll
+      for (int i = 0; i < L::kBothAhead; ++i) {
+        const A dot = group_dot<L>(row.query, key[i]);
+        const A score = edge_score(dot, a.scale, edges.from_owner(bias, t + i));
+        const A weight = exp(score - row.lse);
+        sum += weight * group_dot<L>(row.grad, value[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int step = L::G; step < kWarp; step *= 2) {
+    sum += __shfl_xor_sync(kFullMask, sum, step);
+  }
+  return sum;
+}
+
 template <class L, class Source>
 __device__ void receiver_row(const CircuitBackward& a, const Head<L>& head, int receiver,
                              Source keys, Source values) {
   using A = typename L::A;
   const Lane<L> lane;
   const int packs = a.width / L::N;
-  const int64_t row = head.pair * a.receivers + receiver;
-  A query[L::kElements], grad[L::kElements];
-  load_row<L>(a.q, row, packs, lane, query);
-  load_row<L>(a.grad, row, packs, lane, grad);
-  const A delta = group_dot<L>(
-      grad, load_share<L>(rows_from<L>(a.out, row, packs), 0, packs, lane.place, true));
-  if (threadIdx.x % kWarp == 0) {
-    static_cast<A*>(a.delta)[row] = delta;
+  const int64_t at = head.pair * a.receivers + receiver;
+  Receiver<L> row;
+  load_row<L>(a.q, at, packs, lane, row.query);
+  load_row<L>(a.grad, at, packs, lane, row.grad);
+  row.lse = static_cast<const A*>(a.lse)[at];
+  row.dead = row.lse == A(-INFINITY);
+  row.lse = row.dead ? A(0) : row.lse;
+  row.first = a.row_ptr[receiver];
+  row.end = a.row_ptr[receiver + 1];
+  A delta;
+  if constexpr (sizeof(typename L::T) == 2) {
+    delta = mean_slope<L>(a, head, row, keys, values, packs);
+  } else {
+    delta = group_dot<L>(row.grad,
+                         load_share<L>(rows_from<L>(a.out, at, packs), 0, packs, lane.place, true));
   }
-  const A lse = static_cast<const A*>(a.lse)[row];
+  if (threadIdx.x % kWarp == 0) {
+    static_cast<A*>(a.delta)[at] = delta;
+  }
   A sums[L::kElements] = {};
-  const int end = a.row_ptr[receiver + 1];
-  for (int first = a.row_ptr[receiver]; first < end; first += kWarp) {
-    const Edges<L> edges(first, end, lane);
+  for (int first = row.first; first < row.end; first += kWarp) {
+    const Edges<L> edges(first, row.end, lane);
     const int sender = a.sender[edges.own];
-    // Where all scores are -inf so is lse, and every weight is 0.
-    A shift = -INFINITY;
-    if (edges.valid && lse != A(-INFINITY)) {
-      shift = (head.bias != nullptr ? head.bias[edges.own] : A(0)) - lse;
-    }
+    const A bias = own_bias<L>(head, row, edges);
     A own = 0;
 #pragma unroll 1
     for (int t = 0; t < edges.steps; t += L::kBothAhead) {
@@ -62,9 +119,10 @@ __device__ void receiver_row(const CircuitBackward& a, const Head<L>& head, int 
       load_ahead<L>(values, sender, packs, edges, t, value);
 #pragma unroll
       for (int i = 0; i < L::kBothAhead; ++i) {
-        const A score = group_dot<L>(query, key[i]) * A(a.scale);
-        const A weight = exp(score + edges.from_owner(shift, t + i));
-        const A score_grad = weight * (group_dot<L>(grad, value[i]) - delta);
+        const A dot = group_dot<L>(row.query, key[i]);
+        const A score = edge_score(dot, a.scale, edges.from_owner(bias, t + i));
+        const A weight = exp(score - row.lse);
+        const A score_grad = weight * (group_dot<L>(row.grad, value[i]) - delta);
         add_scaled<L>(score_grad, key[i], sums);
         own = lane.place == t + i ? score_grad : own;
       }
@@ -74,7 +132,7 @@ __device__ void receiver_row(const CircuitBackward& a, const Head<L>& head, int 
       *target = head.adds ? *target + own : own;
     }
   }
-  store_row<L>(A(a.scale), sums, a.q_grad, row, packs, lane);
+  store_row<L>(A(a.scale), sums, a.q_grad, at, packs, lane);
 }
 
 // A block takes `rows` receivers of one part of one example, a warp each at a time, head by head.

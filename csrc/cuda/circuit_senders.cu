@@ -35,11 +35,14 @@ __device__ void sender_row(const CircuitBackward& a, const Head<L>& head, int se
   for (int first = a.col_ptr[sender]; first < end; first += kWarp) {
     const Edges<L> edges(first, end, lane);
     const int receiver = a.receiver[edges.own];
-    const A lse = head.lse[receiver];
     const A delta = head.delta[receiver];
-    A shift = -INFINITY;
+    // A weight is 0 where the receiver has none, or the lane no edge.
+    A lse = head.lse[receiver];
+    A bias = -INFINITY;
     if (edges.valid && lse != A(-INFINITY)) {
-      shift = (head.bias != nullptr ? head.bias[a.edge_id[edges.own]] : A(0)) - lse;
+      bias = head.bias != nullptr ? head.bias[a.edge_id[edges.own]] : A(0);
+    } else {
+      lse = 0;
     }
 #pragma unroll 1
     for (int t = 0; t < edges.steps; t += L::kBothAhead) {
@@ -48,8 +51,9 @@ __device__ void sender_row(const CircuitBackward& a, const Head<L>& head, int se
       load_ahead<L>(grads, receiver, packs, edges, t, grad);
 #pragma unroll
       for (int i = 0; i < L::kBothAhead; ++i) {
-        const A score = group_dot<L>(key, query[i]) * A(a.scale);
-        const A weight = exp(score + edges.from_owner(shift, t + i));
+        const A dot = group_dot<L>(key, query[i]);
+        const A score = edge_score(dot, a.scale, edges.from_owner(bias, t + i));
+        const A weight = exp(score - edges.from_owner(lse, t + i));
         const A fall = group_dot<L>(value, grad[i]) - edges.from_owner(delta, t + i);
         add_scaled<L>(weight * fall, query[i], key_sums);
         add_scaled<L>(weight, grad[i], value_sums);

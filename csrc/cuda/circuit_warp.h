@@ -141,6 +141,13 @@ __device__ inline typename L::A group_dot(const typename L::A (&row)[L::kElement
   return group_sum<L>(sum);
 }
 
+// The score of an edge, rounded the same way wherever it is computed: then the weight of a
+// receiver's only edge, exp(score - lse), is exactly 1, and gradients that cancel do so.
+template <typename A>
+__device__ inline A edge_score(A dot, double scale, A bias) {
+  return fma(dot, A(scale), bias);
+}
+
 template <class L>
 __device__ inline void add_scaled(typename L::A weight, const Share<L>& other,
                                   typename L::A (&sums)[L::kElements]) {
