@@ -281,6 +281,9 @@ def test_circuits_of_a_nac_are_on_the_page(run: Path, tmp_path: Path) -> None:
     (other / "grades.json").write_text(json.dumps({**grades, "circuits": circuits}))
     text = write_report([other], other / "report.html").read_text()
     assert "Circuits" in Page(text).headings and text.count('class="plate"') == 2
+    shutil.copy(other / "circuits" / "layer-00.png", other / "circuits" / grading.HISTORY)
+    text = write_report([other], other / "report.html").read_text()
+    assert text.count('class="plate"') == 3 and "over end-to-end training" in text
 
 
 def test_other_networks_have_no_circuits(run: Path, tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ from m2mkd.models.checkpoint import load_model, read_json, write_failure, write_
 from m2mkd.models.nac import NAC
 from m2mkd.nn import MoEMlp
 from m2mkd.nn.circuit_statistics import circuit_statistics
-from m2mkd.train.circuit_pictures import plot_circuit
+from m2mkd.train.circuit_pictures import plot_circuit, plot_circuit_history
 from m2mkd.train.corruptions import measure_corruptions
 from m2mkd.train.data import ImageData
+from m2mkd.train.loop import read_metrics
 from m2mkd.train.progress import Reporter
 
 GRADES, CORRUPTIONS = "grades.json", "corruptions.json"
+HISTORY = "history.png"  # in the folder of the circuits
 BINS = 15  # of confidence, all equally wide (Guo et al., arXiv 1706.04599)
 _MISTAKES = 12
 _MOST_CELLS = 5000  # cells of the confusion matrix that are kept, the fullest first
@@ -49,6 +51,8 @@ def grade_run(run: Path, data: ImageData, device: torch.device) -> dict[str, Any
     model, checkpoint = load_model(run)
     grades = grade(model.to(device), data, device)
     grades["circuits"] = draw_circuits(model, run / "circuits")
+    if grades["circuits"]:
+        plot_circuit_history(read_metrics(run / "end_to_end"), run / "circuits" / HISTORY)
     grades["digest"] = checkpoint.meta.get("digest")
     write_text(run / GRADES, json.dumps(grades))
     return grades

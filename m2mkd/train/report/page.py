@@ -16,6 +16,7 @@ from scipy import stats
 from m2mkd.models.checkpoint import write_text
 from m2mkd.train.report import figures
 from m2mkd.train.report.figures import SERIES
+from m2mkd.train.report.grades import HISTORY
 from m2mkd.train.report.record import Curve, Record, Stage, check_same_recipe, read_run
 
 NAMES = {
@@ -326,8 +327,10 @@ def _experts(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _circuits(record: Record) -> list[dict[str, Any]]:
     """Circuits of a NAC, their pictures as base64."""
+    entries = (record.grades or {}).get("circuits", [])
+    history = {"title": "The circuit over end-to-end training", "file": HISTORY, "statistics": {}}
     found = []
-    for entry in (record.grades or {}).get("circuits", []):
+    for entry in [*entries, history] if entries else []:
         path = record.path / "circuits" / entry["file"]
         if path.is_file():
             picture = base64.b64encode(path.read_bytes()).decode()
