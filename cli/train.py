@@ -1,12 +1,14 @@
 """`m2mkd train`: a recipe becomes a distilled, trained and graded student."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from m2mkd.train.plan import STAGES
+from m2mkd.train.stopping import Interrupted, Preempted, StopRequest, stopping_on_signals
 
 
 @click.command(short_help="Train a student from a recipe.")
@@ -22,6 +24,7 @@ from m2mkd.train.plan import STAGES
     show_default=True,
     help="Go on with what is in the run folder, or set it aside and start over.",
 )
+@click.option("--wait", is_flag=True, help="Wait for stages that other jobs are working on.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(
@@ -32,6 +35,7 @@ def train(
     from_stage: str | None,
     pair: int | None,
     resume: bool,
+    wait: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -49,33 +53,39 @@ def train(
         raise click.UsageError("--stage and --fresh exclude each other")
     if stage and from_stage:
         raise click.UsageError("--stage and --from-stage exclude each other")
+    once = "" if resume and from_stage is None else ", without --fresh and --from-stage,"
 
-    from m2mkd.recipe import load_recipe
-    from m2mkd.train.loop import Interrupted
-    from m2mkd.train.progress import Reporter
-    from m2mkd.train.run import Run
-    from m2mkd.train.run import train as run_recipe
+    stop = StopRequest()
+    with stopping_on_signals(stop):  # from here on, loading the libraries takes seconds
+        from m2mkd.recipe import load_recipe
+        from m2mkd.train.progress import Reporter
+        from m2mkd.train.run import Run
+        from m2mkd.train.run import train as run_recipe
 
-    settings = load_recipe(recipe, overrides)
-    out = out or Path("runs") / settings.name
-    with Reporter() as reporter:
-        if dry_run:
-            click.echo(_describe(Run(settings, out, reporter)))
-            return
-        try:
-            summary = run_recipe(
-                settings,
-                out,
-                reporter,
-                stage=stage,
-                from_stage=from_stage,
-                pair=pair,
-                fresh=not resume,
-            )
-        except Interrupted as stopped:
-            once = "" if resume and from_stage is None else ", without --fresh and --from-stage,"
-            reporter.message(f"{stopped}; the same command{once} goes on from there")
-            raise
+        settings = load_recipe(recipe, overrides)
+        out = out or Path("runs") / settings.name
+        with Reporter(quiet=os.environ.get("RANK", "0") != "0") as reporter:
+            if dry_run:
+                click.echo(_describe(Run(settings, out, reporter)))
+                return
+            try:
+                summary = run_recipe(
+                    settings,
+                    out,
+                    reporter,
+                    stage=stage,
+                    from_stage=from_stage,
+                    pair=pair,
+                    fresh=not resume,
+                    wait=wait,
+                    stop=stop,
+                )
+            except Preempted as stopped:
+                reporter.message(f"{stopped}; state saved, queue the same command again{once}")
+                return
+            except Interrupted as stopped:
+                reporter.message(f"{stopped}; the same command{once} goes on from there")
+                raise
     if summary is not None:
         click.echo(json.dumps(summary, indent=1) if as_json else _table(summary, out))
 

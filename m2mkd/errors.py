@@ -24,6 +24,10 @@ class CheckpointError(M2MKDError, OSError):
     """A checkpoint or run folder that is missing, corrupt, foreign or unfinished."""
 
 
+class BusyError(M2MKDError, RuntimeError):
+    """A stage that another job is working on right now."""
+
+
 class ShapeError(M2MKDError, ValueError):
     """Tensors whose shapes, dtypes or devices do not fit together."""
 

@@ -101,7 +101,10 @@ class DataConfig(_Section):
     )
     interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="of resizing")
     crop_pct: float = Field(1.0, gt=0.0, le=1.0, description="centre crop at evaluation")
-    batch_size: Positive = Field(64, description="images per optimiser step")
+    batch_size: Positive = Field(64, description="images per process and forward pass")
+    accumulate: Positive = Field(
+        1, description="batches per process and optimiser step; raise it when memory is short"
+    )
     eval_batch_size: Positive = Field(250, description="images per evaluation step")
     train_limit: Positive | None = Field(None, description="use only this many training images")
     workers: int = Field(0, ge=0, description="data loading processes")
@@ -149,7 +152,7 @@ class Schedule(_Section):
     """How long and how fast one stage trains (optimisers and schedulers are timm's)."""
 
     epochs: int = Field(ge=0, description="passes over the training images")
-    lr: float = Field(gt=0.0, description="peak learning rate, not scaled by the batch size")
+    lr: float = Field(gt=0.0, description="peak learning rate; lr_base_size may scale it")
     optimizer: str = Field("adamw", description="any name `timm.optim` knows")
     weight_decay: float = Field(0.05, ge=0.0, description="not for biases, norms and positions")
     scheduler: str = Field("cosine", description="any name `timm.scheduler` knows")
@@ -260,6 +263,18 @@ class Recipe(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="names the default run folder")
     seed: int = Field(0, ge=0, description="of weights, data order, augmentation and noise")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of training")
+    lr_base_size: Positive | None = Field(
+        None,
+        description="images per step that every lr is meant for: trains with lr x batch_size x "
+        "accumulate x processes / lr_base_size (512 in DeiT); default: every lr as it stands",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes hold copies of the network (ddp) or shards (fsdp)"
+    )
+    grad_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
+    compile: bool = Field(False, description="torch.compile the trained network")
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
     tracking: tuple[Tracker, ...] = Field(
         (), description="experiment trackers that also get the numbers, through accelerate"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: The disk is full or the folder cannot be written.
     """
-    # Jobs of one run may write the same file at the same time.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Jobs of one run may write the same file at the same time, on different machines.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text)

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, D width, C classes, L modules.
 from collections.abc import Sequence
 
 import torch
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -52,13 +53,18 @@ class ViTStage(nn.Module):
         for name in names:
             setattr(self, name, getattr(vit, name))
         self.blocks = nn.Sequential(*vit.blocks[start:end])
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether to compute the blocks again in the backward pass, as timm's models do."""
+        self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images or tokens [B, T, D] to tokens or logits."""
         vit = self._vit
         if self.is_first:
             x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
-        x = self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         if self.is_last:
             x = vit.forward_head(vit.norm(x))
         return x

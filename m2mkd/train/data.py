@@ -5,6 +5,7 @@ The order of an epoch is a function of (seed, epoch), and what augmentation does
 with any number of workers. Letters: B batch, C channels, H height, W width.
 """
 
+import math
 import random
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2mkd.errors import DataError
+from m2mkd.errors import ConfigError, DataError
 from m2mkd.recipe import DataConfig
 from m2mkd.train.augment import Preparation, global_generators_kept, preprocessing
 from m2mkd.train.datasets import load_datasets, spread_over_classes
 from m2mkd.train.image_set import ImageDataset
+from m2mkd.train.stopping import outlive_signals
+from m2mkd.train.world import World
 
 __all__ = ["ImageData", "ImageDataset", "load_datasets"]
 
@@ -70,22 +73,37 @@ class ImageData:
         validation: Held-out images, before any preparation.
         class_names: Name of every class.
         num_classes: Number of classes.
-        steps_per_epoch: Training batches per epoch. They are all full (the rest of the shuffled
-            order is left out); a set smaller than one batch makes one smaller batch.
+        images_per_step: Images of one optimiser step, over all processes.
+        steps_per_epoch: Optimiser steps per epoch, the same in every process. They are all full
+            (the rest of the shuffled order is left out); one process that takes one batch a step
+            makes a smaller batch of a set smaller than that.
         preprocessing: What inference must do to an image, JSON-able, in timm's terms.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, world: World | None = None) -> None:
         """Opens the data; nothing is decoded yet.
+
+        Args:
+            config: What to open.
+            seed: Determines order and augmentation.
+            world: Which process this is; each reads its own part of every step.
 
         Raises:
             DataError: The data are missing, empty or inconsistent.
-            ConfigError: The augmentation cannot work.
+            ConfigError: The augmentation cannot work, or there are fewer images than a step takes.
         """
         self.train, self.validation = load_datasets(config)
         self.class_names = self.train.class_names
         self.num_classes = self.train.num_classes
-        self.steps_per_epoch = max(1, len(self.train) // config.batch_size)
+        self._world = world or World()
+        self.images_per_step = config.batch_size * config.accumulate * self._world.size
+        if len(self.train) < self.images_per_step > config.batch_size:
+            raise ConfigError(
+                f"a step takes {self.images_per_step} images (data.batch_size {config.batch_size} "
+                f"x data.accumulate {config.accumulate} x {self._world.size} processes), but there "
+                f"are {len(self.train)} training images; lower data.batch_size"
+            )
+        self.steps_per_epoch = max(1, len(self.train) // self.images_per_step)
         self.preprocessing = preprocessing(config)
         self._config = config
         self._seed = seed
@@ -99,11 +117,11 @@ class ImageData:
         return len(self._unreadable)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the shuffled, augmented batches of one epoch.
+        """Yields this process's shuffled, augmented batches of one epoch, `accumulate` per step.
 
         Args:
             epoch: Counts from 0.
-            first_step: Batches to leave out at the start; their images are not read.
+            first_step: Optimiser steps to leave out at the start; their images are not read.
 
         Yields:
             Images [B, C, H, W], float32, normalised; labels [B], int64.
@@ -123,10 +141,13 @@ class ImageData:
             order_N = copies_NR.flatten()[: len(self.train)]
         order = order_N.tolist()
         size = self._config.batch_size
-        batches = [
-            order[step * size : (step + 1) * size]
+        own = size * self._config.accumulate
+        starts = [
+            step * self.images_per_step + self._world.rank * own + part * size
             for step in range(first_step, self.steps_per_epoch)
+            for part in range(self._config.accumulate)
         ]
+        batches = [order[start : start + size] for start in starts]
         return self._read("train", _BatchReader(self.train, self._augmented, key), batches)
 
     def validation_batches(
@@ -150,6 +171,20 @@ class ImageData:
             key = "/".join(map(str, corruption))
         reader = _BatchReader(self.validation, plain, key)
         return self._read("validation", reader, self._in_order(range(len(self.validation))))
+
+    def own_validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields this process's share of the held-out images, equally many batches everywhere.
+
+        Yields:
+            As `validation_batches`; batches that hold no image (none left, or none readable) are
+            empty.
+        """
+        batches = self._in_order(range(len(self.validation)))
+        own = batches[self._world.rank :: self._world.size]
+        reader = _BatchReader(self.validation, self._plain, "validation")
+        yield from self._read("validation", reader, own, keep_empty=True)
+        for _ in range(math.ceil(len(batches) / self._world.size) - len(own)):
+            yield torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def plain_batches(
         self, images: ImageDataset, indices: Iterable[int]
@@ -194,22 +229,28 @@ class ImageData:
         return sorted(samples, key=lambda sample: (self.validation.label(sample[0]), sample[0]))
 
     def _read(
-        self, split: str, reader: _BatchReader, batches: list[list[int]]
+        self,
+        split: str,
+        reader: _BatchReader,
+        batches: list[list[int]],
+        *,
+        keep_empty: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             reader,
             sampler=batches,
             batch_size=None,  # the sampler's items are whole batches
             num_workers=min(self._config.workers, len(batches)),
+            worker_init_fn=outlive_signals,
             # Without one of its own the loader draws from torch's global generator.
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
         for images_BCHW, labels_B, unreadable in loader:
             self._leave_out(split, unreadable)
-            if not len(labels_B) and split == "validation":
+            if not len(labels_B) and not keep_empty and split == "validation":
                 continue
-            if not len(labels_B):
+            if not len(labels_B) and not keep_empty:
                 raise DataError(
                     f"none of the {len(unreadable)} images of a {split} batch can be read; "
                     f"the first: {unreadable[0][1]}"

@@ -3,15 +3,16 @@
 Letters: B batch, C classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.utils import AverageMeter, accuracy
+from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2mkd.errors import DataError
+from m2mkd.train.world import World
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -32,18 +33,7 @@ def evaluate_logits(predict: Callable[[Tensor], Tensor], batches: Batches) -> Ev
     Raises:
         DataError: There is not a single image.
     """
-    top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
-    for images, labels in batches:
-        logits = predict(images).float()
-        labels = labels.to(logits.device)
-        first, five = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
-        count = labels.shape[0]
-        top1.update(float(first), count)
-        top5.update(float(five), count)
-        loss.update(float(F.cross_entropy(logits, labels)), count)
-    if not top1.count:
-        raise DataError("the validation set has no readable image")
-    return Evaluation(top1.avg, top5.avg, loss.avg, top1.count)
+    return _mean(_sums(predict, batches))
 
 
 def evaluate_model(model: nn.Module, batches: Batches, device: torch.device | str) -> Evaluation:
@@ -92,3 +82,57 @@ def restricted(
 
 def _start(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"
+
+
+def evaluate_together(
+    model: nn.Module, batches: Batches, world: World, input_size: list[int]
+) -> Evaluation:
+    """Grades a network that all processes hold, each on its own batches; every image counts once.
+
+    Args:
+        model: The network, on the process's device; its mode is restored afterwards.
+        batches: This process's; equally many everywhere, some may be empty.
+        world: The processes.
+        input_size: Channels, height and width of an image.
+    """
+
+    def predict(images: Tensor) -> Tensor:
+        logits: Tensor = model(images.to(world.device))
+        return logits
+
+    def readable() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in batches:
+            if len(labels):
+                yield images, labels
+            else:
+                # The shards of a network meet in every forward pass, so nobody may leave one out.
+                predict(torch.zeros(1, *input_size))
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # sharding does not go with inference mode
+            return _mean(world.total(_sums(predict, readable())))
+    finally:
+        model.train(was_training)
+
+
+def _sums(predict: Callable[[Tensor], Tensor], batches: Batches) -> list[float]:
+    """Sums over images of top-1 and top-5 accuracy in per cent and loss, and their number."""
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for images, labels in batches:
+        logits = predict(images).float()
+        labels = labels.to(logits.device)
+        top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
+        loss = F.cross_entropy(logits, labels)
+        count = labels.shape[0]
+        for i, mean in enumerate((float(top1), float(top5), float(loss), 1.0)):
+            sums[i] += mean * count
+    return sums
+
+
+def _mean(sums: list[float]) -> Evaluation:
+    top1, top5, loss, count = sums
+    if not count:
+        raise DataError("the validation set has no readable image")
+    return Evaluation(top1 / count, top5 / count, loss / count, int(count))

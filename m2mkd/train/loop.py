@@ -8,14 +8,11 @@ and resumed from a checkpoint computes the same losses as one that was not.
 import json
 import math
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,7 +27,9 @@ from torch import Tensor, nn
 
 from m2mkd.errors import CheckpointError, ConfigError, NotFiniteError, TrainingError
 from m2mkd.models.checkpoint import (
+    Checkpoint,
     newest_checkpoint,
+    read_checkpoint,
     read_json,
     write_checkpoint,
     write_failure,
@@ -38,7 +37,10 @@ from m2mkd.models.checkpoint import (
 )
 from m2mkd.recipe import Augmentation, Schedule, digest
 from m2mkd.train.data import ImageData
+from m2mkd.train.parallel import Parallel
 from m2mkd.train.progress import Reporter
+from m2mkd.train.stopping import StopRequest
+from m2mkd.train.world import World
 
 _LOG_EVERY = 10  # optimiser steps between lines of metrics.jsonl
 # Names whose tensors have more than one dimension but are biases or tokens: never decayed.
@@ -50,16 +52,39 @@ _NO_DECAY = (
 
 @dataclass
 class Context:
-    """What all stages of a run share; `track` gets every line of metrics.jsonl."""
+    """What all stages of a run share.
+
+    Attributes:
+        accelerator: Knows device and precision.
+        data: Training images.
+        augment: How batches are mixed.
+        seed: Source of all randomness.
+        reporter: Where progress goes.
+        world: The processes of this job.
+        stop: Asks for a checkpoint and an end.
+        accumulate: Batches per optimiser step.
+        guard: Called before anything is written; raises when this process may not.
+        checkpoint_every: Optimiser steps between checkpoints; None means once an epoch.
+        track: Gets every line of metrics.jsonl, in process 0.
+        is_sharded: Whether several processes shard whole networks instead of copying them.
+        is_compiled: Whether the trained network goes through torch.compile.
+        is_recomputed: Whether activations are computed again in the backward pass.
+    """
 
     accelerator: Accelerator
     data: ImageData
     augment: Augmentation
     seed: int
     reporter: Reporter
+    world: World = field(default_factory=World)
+    stop: StopRequest = field(default_factory=StopRequest)
+    accumulate: int = 1
+    guard: Callable[[], None] | None = None
     checkpoint_every: int | None = None
     track: Callable[[dict[str, Any]], None] = lambda line: None
-    stop: threading.Event = field(default_factory=threading.Event)
+    is_sharded: bool = False
+    is_compiled: bool = False
+    is_recomputed: bool = False
 
 
 @dataclass
@@ -91,10 +116,6 @@ class Job:
     setting: str = ""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on request, after saving a checkpoint."""
-
-
 def fit(job: Job, context: Context) -> dict[str, Any]:
     """Trains a job from its newest checkpoint to the end and marks it as done.
 
@@ -104,13 +125,12 @@ def fit(job: Job, context: Context) -> dict[str, Any]:
     Raises:
         TrainingError: The loss is not finite.
         CheckpointError: Nothing readable to resume from, or the disk is full.
-        Interrupted: `context.stop` was set; the state is saved.
+        Interrupted: `context.stop` was set, in this process or another; the state is saved.
     """
     trainer = _Trainer(job, context)
-    with saving_on_signals(context.stop):
-        trainer.run()
+    trainer.run()
     done = {"digest": job.digest, "steps": trainer.total, **trainer.latest}
-    write_text(job.folder / "DONE", json.dumps(done, indent=1))
+    context.world.on_main(lambda: write_text(job.folder / "DONE", json.dumps(done, indent=1)))
     return done
 
 
@@ -125,26 +145,6 @@ def read_done(folder: Path, expected_digest: str) -> dict[str, Any] | None:
         return None
     done = read_json(path)
     return done if done.get("digest") == expected_digest else None
-
-
-@contextmanager
-def saving_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Makes Ctrl-C and SIGTERM ask for a checkpoint and an orderly end; a second one is abrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def seed_everything(*parts: Any) -> None:
@@ -163,8 +163,15 @@ class _Trainer:
         self.total = job.schedule.epochs * self.steps_per_epoch
         self.every = context.checkpoint_every or self.steps_per_epoch
         self.device = context.accelerator.device
+        self.world = context.world
         job.task.to(self.device)
-        self.module: nn.Module = job.task.get_trainable_module()  # type: ignore[assignment]
+        if context.is_recomputed:
+            _recompute_activations(job.task)
+        self.parallel = Parallel(job.task, self.world, is_sharded=context.is_sharded)
+        self.module = self.parallel.module
+        if context.is_compiled:
+            for part in _separate_parts(self.module):
+                part.compile()
         self.optimizer = context.accelerator.prepare(
             _make_optimizer(self.module, job.schedule, job.setting)
         )
@@ -177,6 +184,7 @@ class _Trainer:
         self.best = -math.inf
         self.clock = time.monotonic()
         self.step = 0
+        self.stops = False
 
     def run(self) -> None:
         self._resume()
@@ -193,51 +201,68 @@ class _Trainer:
     def _epoch(self, epoch: int) -> None:
         first = self.step - epoch * self.steps_per_epoch
         began, images_seen = time.monotonic(), 0
-        for images, labels in self.context.data.train_batches(epoch, first):
-            result = self._train_step(images, labels)
+        batches = self.context.data.train_batches(epoch, first)
+        while step_batches := list(islice(batches, self.context.accumulate)):
+            result = self._train_step(step_batches)
             self.step += 1
-            images_seen += len(labels)
+            images_seen += self.world.size * sum(len(labels) for _, labels in step_batches)
             speed = images_seen / (time.monotonic() - began)
             self._report(result, epoch, speed)
             is_end = self.step % self.steps_per_epoch == 0
             if is_end:
                 self._evaluate(epoch)
-            if is_end or self.step % self.every == 0 or self.context.stop.is_set():
+            stops = self.stops if self.world.size > 1 else self.context.stop.is_set
+            if is_end or self.step % self.every == 0 or stops:
                 self._save()
-            if self.context.stop.is_set() and self.step < self.total:
-                raise Interrupted(
+            if stops and self.step < self.total:
+                raise self.context.stop.exception(
                     f"stopped in {self.job.name} after step {self.step} of {self.total}"
                 )
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        seed_everything(self.context.seed, self.job.stage, self.step)
-        images, targets = self.make_targets(images.to(self.device), labels.to(self.device))
+    def _train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        # Processes draw different numbers; process 0 those of a run of one process.
+        extra = [self.world.rank] if self.world.rank else []
+        seed_everything(self.context.seed, self.job.stage, self.step, *extra)
         self.job.task.train()
         self.scheduler.step_update(self.step)
-        try:
-            with self.context.accelerator.autocast():
-                result = self.job.task(images, targets)
-        except NotFiniteError as error:
-            raise self._not_finite(f"{error}") from None
-        numbers = {k: float(v.detach()) for k, v in result.items() if v.ndim == 0}
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        for number, (images, labels) in enumerate(batches, start=1):
+            with self.parallel.accumulating(is_last=number == len(batches)):
+                result = self._forward(images, labels)
+                self.context.accelerator.backward(result["loss"] / len(batches))
+            for name, value in result.items():
+                if value.ndim == 0:
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
+        numbers = self._shared(sums)
         if not math.isfinite(numbers["loss"]):
             bad = [k.removesuffix("/loss") for k, v in numbers.items() if not math.isfinite(v)]
             pairs = [f"{name}: " for name in bad if name.startswith("pair-")]
             raise self._not_finite(f"{''.join(pairs[:1])}loss is {numbers['loss']}")
-        self.optimizer.zero_grad(set_to_none=True)
-        self.context.accelerator.backward(result["loss"])
         if self.job.schedule.clip_grad is not None:
             self._clip(self.job.schedule.clip_grad)
         self.optimizer.step()
         return numbers
+
+    def _forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        images, targets = self.make_targets(images.to(self.device), labels.to(self.device))
+        try:
+            with self.context.accelerator.autocast():
+                return self.parallel(images, targets)
+        except NotFiniteError as error:
+            raise self._not_finite(f"{error}") from None
+
+    def _shared(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Means over the processes; also whether any of them was asked to stop."""
+        values, self.stops = self.world.total_and_stop(numbers.values(), self.context.stop)
+        return dict(zip(numbers, (value / self.world.size for value in values), strict=True))
 
     def _clip(self, limit: float) -> None:
         """Limits the gradient norm of each separately trained module, so that training pairs
         together or alone is the same."""
         if self.context.accelerator.scaler is not None:
             self.context.accelerator.unscale_gradients(self.optimizer)
-        is_pairs = isinstance(self.module, nn.ModuleDict)
-        for part in self.module.children() if is_pairs else (self.module,):
+        for part in _separate_parts(self.module):
             torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
 
     def _not_finite(self, what: str) -> TrainingError:
@@ -271,6 +296,8 @@ class _Trainer:
         self._log({"step": self.step, "epoch": epoch, "validation": numbers})
 
     def _log(self, line: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
         try:
             self.job.folder.mkdir(parents=True, exist_ok=True)
             with self.metrics.open("a") as file:
@@ -284,20 +311,26 @@ class _Trainer:
         is_best = accuracy is not None and accuracy > self.best
         if is_best:
             self.best = accuracy
-        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        weights = self.parallel.weights()
+        state: dict[str, Any] = {"optimizer": self.parallel.optimizer_state(self.optimizer)}
+        if not self.world.is_main:
+            return
+        if self.context.guard is not None:
+            self.context.guard()
         if self.context.accelerator.scaler is not None:
             state["scaler"] = self.context.accelerator.scaler.state_dict()
         meta = {
             **self.job.meta,
             "stage": self.job.name,
             "digest": self.job.digest,
+            "processes": self.world.size,
             "latest": self._with_seconds(),
             "best": None if math.isinf(self.best) else self.best,
         }
         write_checkpoint(
             self.job.folder,
             self.step,
-            self.module.state_dict(),
+            weights,
             meta=meta,
             state=state if self.step < self.total else None,
             is_best=is_best,
@@ -311,39 +344,87 @@ class _Trainer:
         return self.latest
 
     def _resume(self) -> None:
-        checkpoint, problems = newest_checkpoint(self.job.folder)
-        for problem in problems:
-            self.context.reporter.message(f"{problem}; going on from an earlier step")
+        checkpoint = self._find_checkpoint()
         if checkpoint is None:
-            _truncate(self.metrics, 0)
             return
-        if checkpoint.meta.get("digest") != self.job.digest:
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to other settings; use another --out or --fresh"
-            )
-        # A kill may have come between the checkpoint and the pointer to it.
-        write_text(self.job.folder / "last", checkpoint.path.name)
         self.step = checkpoint.meta["step"]
         self.latest = checkpoint.meta.get("latest", {})
         best = checkpoint.meta.get("best")
         self.best = -math.inf if best is None else best
-        if best is not None and best == self.latest.get("validation", {}).get("top1"):
-            write_text(self.job.folder / "best", checkpoint.path.name)
         try:
-            self.module.load_state_dict(checkpoint.weights)
+            self.parallel.load_weights(checkpoint.weights)
             if self.step < self.total:
                 state = checkpoint.state()
-                self.optimizer.load_state_dict(state["optimizer"])
+                self.parallel.load_optimizer_state(self.optimizer, state["optimizer"])
                 if self.context.accelerator.scaler is not None:
                     self.context.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, KeyError, ValueError) as error:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{checkpoint.path} does not fit: {detail}") from None
-        _truncate(self.metrics, self.step)
         if 0 < self.step < self.total:
             self.context.reporter.message(
                 f"{self.job.name}: going on from step {self.step} of {self.total}"
             )
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The step to go on from, the same in every process; process 0 chooses it."""
+        found: list[Checkpoint] = []
+
+        def choose() -> str | None:
+            checkpoint, problems = newest_checkpoint(self.job.folder)
+            for problem in problems:
+                self.context.reporter.message(f"{problem}; going on from an earlier step")
+            if checkpoint is not None:
+                self._check_origin(checkpoint)
+                found.append(checkpoint)
+            self._tidy(checkpoint)
+            return None if checkpoint is None else checkpoint.path.name
+
+        name = self.world.on_main(choose)
+        if name is None or found:
+            return found[0] if found else None
+        return read_checkpoint(self.job.folder / name)
+
+    def _check_origin(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.meta.get("digest") != self.job.digest:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to other settings; use another --out or --fresh"
+            )
+        before = checkpoint.meta.get("processes", 1)
+        if before != self.world.size and checkpoint.meta["step"] < self.total:
+            raise CheckpointError(
+                f"{self.job.name} was begun by {before} process(es), but this job has "
+                f"{self.world.size}; start it with as many (torchrun --nproc-per-node), or move "
+                f"{self.job.folder} away to begin it anew"
+            )
+
+    def _tidy(self, checkpoint: Checkpoint | None) -> None:
+        """Makes pointers and metrics agree with the step that the run goes on from.
+
+        A kill may have come between a checkpoint and the pointers to it.
+        """
+        if checkpoint is None:
+            _truncate(self.metrics, 0)
+            return
+        write_text(self.job.folder / "last", checkpoint.path.name)
+        best = checkpoint.meta.get("best")
+        reached = checkpoint.meta.get("latest", {}).get("validation", {}).get("top1")
+        if best is not None and best == reached:
+            write_text(self.job.folder / "best", checkpoint.path.name)
+        _truncate(self.metrics, checkpoint.meta["step"])
+
+
+def _separate_parts(module: nn.Module) -> list[nn.Module]:
+    """What is trained on its own: each module of a dict of pairs, or the whole network."""
+    return list(module.children()) if isinstance(module, nn.ModuleDict) else [module]
+
+
+def _recompute_activations(task: nn.Module) -> None:
+    """Turns on timm's gradient checkpointing in every part that has it, frozen ones included:
+    gradients pass through them too."""
+    for part in task.modules():
+        if hasattr(part, "set_grad_checkpointing"):
+            part.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
 def check_schedule(schedule: Schedule, setting: str) -> None:
@@ -438,7 +519,7 @@ def _truncate(metrics: Path, step: int) -> None:
     if not metrics.is_file():
         return
     kept = []
-    for line in metrics.read_text().splitlines():
+    for line in metrics.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

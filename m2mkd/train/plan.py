@@ -52,12 +52,15 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
 
     What does not change results is left out of the digests, so that changing it repeats nothing:
     where the data and the weights file lie, workers, what an unreadable image does (a complete
-    stage met none, or left them out), and whether pairs are trained together. (With drop path or
-    router noise the two ways draw other random numbers; one is as good as the other.)
+    stage met none, or left them out), whether pairs are trained together, and what trades memory
+    for time: gradient checkpointing, compiling, sharding, and how a step's images are cut into
+    batches. (With mixing, drop path or router noise other random numbers are drawn; one result is
+    as good as the other.) The number of processes is no setting: a checkpoint remembers its own.
     """
-    ignored = {"root", "workers", "eval_batch_size", "on_bad_image"}
+    ignored = {"root", "workers", "eval_batch_size", "on_bad_image", "batch_size", "accumulate"}
     data = recipe.data.model_dump(mode="json", exclude=ignored)
-    base = digest(recipe.seed, recipe.precision, data, facts.data)
+    data["step"] = recipe.data.batch_size * recipe.data.accumulate
+    base = digest(recipe.seed, recipe.precision, recipe.lr_base_size, data, facts.data)
     teacher, distill = recipe.teacher, recipe.distill
     student = _dump(recipe.student, exclude={"depths", "upcycle_from"})
     if facts.student_weights is not None:

@@ -32,7 +32,7 @@ from m2mkd.train.data import ImageData
 from m2mkd.train.evaluate import evaluate_model
 from m2mkd.train.loop import Context, Job, fit
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import make_accelerator
+from m2mkd.train.world import make_accelerator
 
 _FRACTIONS = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16, 1 / 32)
 _BATCH = 64  # of the second latency

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from m2mkd.distill import (
@@ -21,7 +21,7 @@ from m2mkd.distill import (
     assemble,
     pair_name,
 )
-from m2mkd.errors import CheckpointError, ConfigError
+from m2mkd.errors import BusyError, CheckpointError, ConfigError
 from m2mkd.models import NAC, split_vit
 from m2mkd.models.checkpoint import (
     ModelCard,
@@ -36,13 +36,20 @@ from m2mkd.models.checkpoint import (
 )
 from m2mkd.nn.circuit_statistics import circuit_statistics
 from m2mkd.recipe import Recipe
+from m2mkd.train.claim import Claim, check_free
 from m2mkd.train.data import ImageData
-from m2mkd.train.evaluate import Evaluation, evaluate_model
-from m2mkd.train.loop import Context, Job, check_schedule, fit, read_done, read_metrics
+from m2mkd.train.evaluate import Evaluation, evaluate_model, evaluate_together
+from m2mkd.train.failures import failures_named
+from m2mkd.train.folder import digest_of, last_checkpoint, metrics_of_pair, weights_of_pair
+from m2mkd.train.loop import Context, Job, check_schedule, fit, read_done
 from m2mkd.train.networks import Networks, versions
 from m2mkd.train.plan import STAGES, Facts, StagePlan, plan_run, stage_folders
 from m2mkd.train.progress import Reporter
+from m2mkd.train.stopping import StopRequest, stopping_on_signals
 from m2mkd.train.tracking import Tracking, check_trackers
+from m2mkd.train.world import World, make_accelerator
+
+_POLL = 10.0  # seconds between looks at a stage that another job is working on
 
 
 class Run:
@@ -52,24 +59,32 @@ class Run:
         recipe: What to do.
         out: The run folder; made when missing.
         reporter: Where progress goes.
+        stop: Asks for a checkpoint and an end.
 
     Raises:
         ConfigError: A recipe whose parts do not fit each other.
         DataError: Data that is not there.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, reporter: Reporter, stop: StopRequest | None = None
+    ) -> None:
         self.recipe = recipe
         self.out = out
         self.reporter = reporter
-        self.data = ImageData(recipe.data, recipe.seed)
+        self.stop = stop or StopRequest()
+        self.claim: Claim | None = None
+        self.waiting_for = ""
+        accelerator = make_accelerator(recipe)
+        self.device: torch.device = accelerator.device
+        self.world = World(accelerator.process_index, accelerator.num_processes, self.device)
+        self.data = ImageData(recipe.data, recipe.seed, self.world)
         self.networks = Networks(recipe, self.data)
         self.plan = plan_run(recipe, self._facts())
         for plan in self.plan.values():
             if plan.schedule is not None:
                 check_schedule(plan.schedule, plan.setting)
         check_trackers(recipe.tracking)
-        self.device: torch.device = make_accelerator(recipe).device
 
     def _facts(self) -> Facts:
         file = self.recipe.teacher.checkpoint
@@ -86,24 +101,43 @@ class Run:
         """Writes the resolved recipe; earlier stages of other settings are set aside, not lost.
 
         Args:
-            pair: Look at this pair's folder only: others may be written by other jobs right now.
+            pair: Touch this pair's folder only: others may be written by other jobs right now.
         """
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         facts = ", ".join(f"{name} {version}" for name, version in versions().items())
-        write_text(self.out / "recipe.yaml", f"# resolved by {facts}\n{text}")
+        if pair is None:
+            write_text(self.out / "recipe.yaml", f"# resolved by {facts}\n{text}")
         for plan in self.plan.values():
             folders = self._owned_folders(plan)
             if pair is not None:
                 folders = [self._pair_folder(pair)] if plan.stage == "distill" else []
             for folder in folders:
-                found = _digest_of(folder)
+                found = digest_of(folder)
                 if found not in (None, plan.digest):
                     self.set_aside(folder, "its settings changed")
+                elif (folder / "DONE").is_file():
+                    self._reopen_if_damaged(folder)
+
+    def _reopen_if_damaged(self, folder: Path) -> None:
+        """Lets a complete stage whose last checkpoint was damaged go on from an earlier one."""
+        try:
+            read_checkpoint(last_checkpoint(folder))
+        except CheckpointError as error:
+            joint = self.out / "distill" / "joint"
+            if folder.parent == joint.parent and folder != joint and joint.is_dir():
+                self.set_aside(folder, str(error))  # its weights are in the joint checkpoint too
+            else:
+                (folder / "DONE").unlink()
 
     def set_aside(self, folder: Path, reason: str) -> None:
-        """Moves a stage's folder to `superseded/`, so that it is done anew."""
+        """Moves a stage's folder to `superseded/`, so that it is done anew.
+
+        Raises:
+            BusyError: Another job is writing to it.
+        """
         if not folder.exists():
             return
+        check_free(folder, self.reporter.message)
         name = str(folder.relative_to(self.out)).replace("/", "-")
         number = 0
         while (target := self.out / "superseded" / f"{name}-{number}").exists():
@@ -113,32 +147,60 @@ class Run:
         self.reporter.message(f"{name}: {reason}; the earlier result is now in {target}")
 
     def is_done(self, name: str) -> bool:
-        """Whether a unit of the plan is complete."""
+        """Whether a unit of the plan is complete; asks the file system of this process."""
         plan = self.plan[name]
         folders = stage_folders(self.out, plan, self.networks.num_modules)
         return all(read_done(folder, plan.digest) is not None for folder in folders)
 
+    def _needs(self, name: str) -> bool:
+        """Whether a unit is still to do; the same answer in every process."""
+        return self.world.on_main(lambda: not self.is_done(name))
+
+    @contextmanager
+    def _holding(self, *folders: Path, alone: tuple[Path, ...] = ()) -> Iterator[None]:
+        """Keeps other jobs from writing to folders; `alone` must not be held by another either.
+
+        Raises:
+            BusyError: Another job is writing to one of them.
+        """
+        with ExitStack() as held:
+
+            def claim() -> None:
+                for folder in folders:
+                    self.claim = held.enter_context(Claim(folder, self.reporter.message))
+                for folder in alone:
+                    check_free(folder, self.reporter.message)
+
+            self.world.on_main(claim)
+            try:
+                yield
+            finally:
+                self.claim = None
+
     def train_meta(self) -> None:
         """Trains the meta model end to end on labels (Deep Incubation's PT)."""
         model = self.networks.meta()
-        self._supervise("meta", model, self.networks.card("meta"))
+        with self._holding(self.out / "meta"):
+            self._supervise("meta", model, self.networks.card("meta"))
 
     def train_teacher(self) -> None:
         """Incubates a fresh teacher, or takes the given one; then fine-tunes it."""
-        if "incubation" in self.plan and not self.is_done("incubation"):
-            self._incubate()
+        if "incubation" in self.plan and self._needs("incubation"):
+            with self._holding(self.out / "incubation"):
+                self._incubate()
         schedule = self.recipe.teacher.finetune
         teacher = self.networks.teacher(schedule.drop_path if schedule else 0.0)
         if "incubation" in self.plan:
-            weights = read_checkpoint(_last(self.out / "incubation")).weights
-            modules = [_of_pair(weights, i) for i in range(self.networks.num_modules)]
+            weights = read_checkpoint(last_checkpoint(self.out / "incubation")).weights
+            modules = [weights_of_pair(weights, i) for i in range(self.networks.num_modules)]
             assemble(teacher, self.networks.teacher_depths, modules)
         card = self.networks.card("teacher")
-        if schedule is not None:
-            self._record_start("teacher", teacher, {})
-            self._supervise("teacher", teacher, card)
-        else:
-            self._store("teacher", teacher, card)
+        with self._holding(self.out / "teacher"):
+            if schedule is not None:
+                self._record_start("teacher", teacher, {})
+                self._supervise("teacher", teacher, card)
+            else:
+                self.world.on_main(lambda: self._store("teacher", teacher, card))
 
     def train_pairs(self, pair: int | None = None) -> None:
         """m2mKD: trains student modules inside the meta model, next to the teacher's.
@@ -153,42 +215,54 @@ class Run:
                 f"modules, 0 to {self.networks.num_modules - 1}"
             )
         plan = self.plan["distill"]
-        open_pairs = [i for i in indices if read_done(self._pair_folder(i), plan.digest) is None]
+        joint = self.out / "distill" / "joint"
+
+        def look() -> tuple[list[int], bool]:
+            todo = [i for i in indices if read_done(self._pair_folder(i), plan.digest) is None]
+            return todo, any(self._was_begun_alone(i) for i in indices)
+
+        open_pairs, begun_alone = self.world.on_main(look)
         if not open_pairs:
             return
         # Pairs that were begun alone are finished alone: a joint pass would train them again.
-        is_joint = self.recipe.distill.mode == "joint" and pair is None
-        if is_joint and not any(self._was_begun_alone(i) for i in indices):
-            self._fit_pairs(indices, self.out / "distill" / "joint")
-            self._split_joint(plan)
+        if self.recipe.distill.mode == "joint" and pair is None and not begun_alone:
+            pairs = tuple(self._pair_folder(i) for i in indices)
+            with self._holding(joint, alone=pairs):
+                self._fit_pairs(indices, joint)
+                self.world.on_main(lambda: self._split_joint(plan))
             return
         for i in open_pairs:
-            self._fit_pairs([i], self._pair_folder(i))
+            with self._holding(self._pair_folder(i), alone=(joint,)):
+                self._fit_pairs([i], self._pair_folder(i))
 
     def train_end_to_end(self) -> None:
         """Assembles the student from its trained modules and trains it on labels."""
         assembly = self.recipe.distill.assembly
         student = self.networks.student(assembly)
         report = self.networks.assemble(student, self._pair_weights())
-        self._record_start("end_to_end", student, asdict(report))
-        self._supervise("end_to_end", student, self.networks.card("student", assembly))
+        with self._holding(self.out / "end_to_end"):
+            self._record_start("end_to_end", student, asdict(report))
+            self._supervise("end_to_end", student, self.networks.card("student", assembly))
 
     def train_baselines(self) -> None:
         """Trains what m2mKD is compared with, from the same initial weights."""
         for name in self.recipe.baselines:
-            if self.is_done(f"baselines/{name}"):
-                continue
-            student = self.networks.student()
-            card = self.networks.card("student")
-            if name != "logit_kd":
-                self._supervise(f"baselines/{name}", student, card)
-                continue
-            settings = PairLossSettings(
-                alpha=self.recipe.logit_kd.alpha, temperature=self.recipe.logit_kd.temperature
-            )
-            teacher = self.load("teacher")
-            task = LogitKDTask(student, teacher, settings)
-            self._fit_network(f"baselines/{name}", task, student, card)
+            if self._needs(f"baselines/{name}"):
+                with self._holding(self.out / "baselines" / name):
+                    self._train_baseline(name)
+
+    def _train_baseline(self, name: str) -> None:
+        student = self.networks.student()
+        card = self.networks.card("student")
+        if name != "logit_kd":
+            self._supervise(f"baselines/{name}", student, card)
+            return
+        settings = PairLossSettings(
+            alpha=self.recipe.logit_kd.alpha, temperature=self.recipe.logit_kd.temperature
+        )
+        teacher = self.load("teacher")
+        task = LogitKDTask(student, teacher, settings)
+        self._fit_network(f"baselines/{name}", task, student, card)
 
     def load(self, name: str) -> Any:
         """Loads the trained network of a stage, on the run's device."""
@@ -240,7 +314,7 @@ class Run:
             step = joint.meta["step"]
             meta = {"stage": f"distill/{name}", "digest": plan.digest, "trained": "joint"}
             write_checkpoint(folder, step, weights, meta=meta)
-            write_text(folder / "metrics.jsonl", _metrics_of_pair(self.out / "distill/joint", name))
+            write_text(folder / "metrics.jsonl", metrics_of_pair(self.out / "distill/joint", name))
             done = {"digest": plan.digest, "steps": step, "trained": "joint"}
             write_text(folder / "DONE", json.dumps(done, indent=1))
 
@@ -250,7 +324,7 @@ class Run:
     def _pair_weights(self) -> list[dict[str, Tensor]]:
         """Trained weights of every student module, under the module's own names."""
         return [
-            _of_pair(read_checkpoint(_last(self._pair_folder(i))).weights, i)
+            weights_of_pair(read_checkpoint(last_checkpoint(self._pair_folder(i))).weights, i)
             for i in range(self.networks.num_modules)
         ]
 
@@ -279,7 +353,7 @@ class Run:
 
     def _grade(self, model: nn.Module) -> dict[str, Any]:
         """What is known of a network after an epoch: its accuracy, and a NAC's circuit."""
-        numbers: dict[str, Any] = asdict(self.evaluate(model))
+        numbers: dict[str, Any] = asdict(self._evaluate_together(model))
         if isinstance(model, NAC):
             numbers["circuit"] = circuit_statistics(model.circuit(0))
         return numbers
@@ -296,11 +370,14 @@ class Run:
         plan = self.plan[name]
         if plan.schedule is None:
             raise ConfigError(f"{name} has no schedule to train with")
+        scale = 1.0
+        if self.recipe.lr_base_size is not None:
+            scale = self.data.images_per_step / self.recipe.lr_base_size
         job = Job(
             name=str(folder.relative_to(self.out)),
             stage=name,
             task=task,
-            schedule=plan.schedule,
+            schedule=plan.schedule.model_copy(update={"lr": plan.schedule.lr * scale}),
             folder=folder,
             digest=plan.digest,
             evaluate=evaluate,
@@ -314,14 +391,33 @@ class Run:
             augment=self.recipe.data.augment,
             seed=self.recipe.seed,
             reporter=self.reporter,
+            world=self.world,
+            stop=self.stop,
+            accumulate=self.recipe.data.accumulate,
+            guard=self.claim.check if self.claim is not None else None,
             checkpoint_every=self.recipe.checkpoint_every,
+            is_sharded=self.recipe.parallel == "fsdp",
+            is_compiled=self.recipe.compile,
+            is_recomputed=self.recipe.grad_checkpointing,
         )
-        with Tracking(self.recipe, self.out, job.name) as tracking:
+        with (
+            failures_named(f"stage {job.name}", self.recipe, is_training=True),
+            Tracking(self.recipe, self.out, job.name) as tracking,
+        ):
             fit(job, replace(context, track=tracking.log))
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Grades a network on the validation images."""
-        return evaluate_model(model, self.data.validation_batches(), self.device)
+        """Grades a network on the validation images, in this process alone."""
+        with failures_named("evaluation", self.recipe, is_training=False):
+            return evaluate_model(model, self.data.validation_batches(), self.device)
+
+    def _evaluate_together(self, model: nn.Module) -> Evaluation:
+        """Grades a network on the validation images, dealt out to all processes."""
+        batches = self.data.own_validation_batches()
+        with failures_named("evaluation", self.recipe, is_training=False):
+            return evaluate_together(
+                model, batches, self.world, self.data.preprocessing["input_size"]
+            )
 
     def _store(self, name: str, model: nn.Module, card: ModelCard) -> None:
         """Keeps a network that needs no training as a complete stage."""
@@ -335,11 +431,15 @@ class Run:
         """Measures an assembled network before it is trained end to end, once."""
         path = self.out / name / "assembly.json"
         digest = self.plan[name].digest
-        if path.is_file() and read_json(path).get("digest") == digest:
+
+        def is_recorded() -> bool:
+            return path.is_file() and read_json(path).get("digest") == digest
+
+        if self.world.on_main(is_recorded):
             return
-        accuracy = asdict(self.evaluate(model.to(self.device)))
+        accuracy = asdict(self._evaluate_together(model.to(self.device)))
         facts = {"digest": digest, "accuracy": accuracy, **facts}
-        write_text(path, json.dumps(facts, indent=1))
+        self.world.on_main(lambda: write_text(path, json.dumps(facts, indent=1)))
         self.reporter.message(f"{name}: {accuracy['top1']:.2f} % top-1 before end-to-end training")
 
 
@@ -352,8 +452,12 @@ def train(
     from_stage: str | None = None,
     pair: int | None = None,
     fresh: bool = False,
+    wait: bool = False,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any] | None:
     """Runs a recipe: all stages that are not complete, or one of them.
+
+    Every process of a job calls it alike; process 0 writes, and evaluates in the end.
 
     Args:
         recipe: What to do.
@@ -363,48 +467,78 @@ def train(
         from_stage: Redo this stage and all after it.
         pair: With stage `distill`: only this pair.
         fresh: Set all earlier results of the folder aside first.
+        wait: Wait for stages that are missing or that another job is working on.
+        stop: Asks for a checkpoint and an end; signals do so in any case.
 
     Returns:
-        The summary (as in `summary.json`), or None when the evaluate stage was not run.
+        The summary (as in `summary.json`), or None when the evaluate stage was not run here.
 
     Raises:
         M2MKDError: Anything a user can cause; what was computed stays.
-        KeyboardInterrupt: Stopped on request, after saving.
+        Interrupted: Stopped on request, after saving.
     """
     from m2mkd.train.summary import summarise
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    run = Run(recipe, out, reporter)
-    run.prepare_folder(pair)
+    stop = stop or StopRequest()
+    run = Run(recipe, out, reporter, stop)
+    if wait and run.world.size > 1:
+        raise ConfigError("--wait is for jobs of one process; several would idle together")
     redone = STAGES if fresh else STAGES[STAGES.index(from_stage) :] if from_stage else ()
+    with stopping_on_signals(stop), run.world.lost_peers_named():
+        run.world.on_main(lambda: _prepare(run, pair, redone))
+        for name in STAGES[:-1] if stage is None else [stage]:
+            if name != "evaluate":
+                _perform(run, name, pair, wait=wait)
+        if stage not in (None, "evaluate"):
+            return None
+        while missing := run.world.on_main(lambda: _missing(run, "evaluate")):
+            _pause(run, missing, wait=wait)
+    # One process is enough, and the others need not wait for it.
+    return summarise(run) if run.world.is_main else None
+
+
+def _prepare(run: Run, pair: int | None, redone: tuple[str, ...]) -> None:
+    run.prepare_folder(pair)
     for plan in run.plan.values():
         if plan.stage in redone:
-            run.set_aside(out / plan.name, "asked to start over")
-    steps: dict[str, Callable[[], Any]] = {
+            run.set_aside(run.out / plan.name, "asked to start over")
+
+
+def _perform(run: Run, stage: str, pair: int | None, *, wait: bool) -> None:
+    """Does one stage, unless it is complete."""
+    steps: dict[str, Callable[[], None]] = {
         "meta": run.train_meta,
         "teacher": run.train_teacher,
         "distill": lambda: run.train_pairs(pair),
         "end_to_end": run.train_end_to_end,
         "baselines": run.train_baselines,
     }
-    for name in STAGES[:-1] if stage is None else [stage]:
-        units = [unit.name for unit in run.plan.values() if unit.stage == name]
-        if name == "evaluate":
-            break
-        if all(run.is_done(unit) for unit in units):
-            if units:
-                reporter.message(f"{name}: complete")
+    units = [unit.name for unit in run.plan.values() if unit.stage == stage]
+    is_new = False
+    while run.world.on_main(lambda: not all(run.is_done(unit) for unit in units)):
+        is_new = True
+        missing = run.world.on_main(lambda: _missing(run, stage))
+        if missing is not None:
+            _pause(run, missing, wait=wait)
             continue
-        _require_earlier(run, name)
-        steps[name]()
-    if stage not in (None, "evaluate"):
-        return None
-    _require_earlier(run, "evaluate")
-    return summarise(run)
+        try:
+            steps[stage]()
+        except BusyError as error:
+            if not wait:
+                raise
+            _pause(run, str(error), wait=True)
+            continue
+        if run.world.total_and_stop([], run.stop)[1]:
+            raise run.stop.exception(f"stopped after stage {stage}")
+        return
+    if units and not is_new:
+        run.reporter.message(f"{stage}: complete")
 
 
-def _require_earlier(run: Run, stage: str) -> None:
+def _missing(run: Run, stage: str) -> str | None:
+    """Which earlier stage is not complete, as an error message; None when all are."""
     needed = {
         "teacher": ["meta"],
         "distill": ["meta", "teacher"],
@@ -414,62 +548,22 @@ def _require_earlier(run: Run, stage: str) -> None:
     }
     for name in needed.get(stage, []):
         if not run.is_done(name):
-            raise CheckpointError(
-                f"stage {stage} needs {name}, which is not complete in {run.out}; "
-                "run it first, or leave out --stage"
+            return (
+                f"stage {stage} needs {name}, which is not complete in {run.out}; run it first, "
+                "wait for the job that does with --wait, or leave out --stage"
             )
+    return None
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """What places and scales the training of one job; of one process, in the recipe's precision.
-
-    Raises:
-        ConfigError: A precision the device cannot do, or several processes.
-    """
-    # accelerate keeps the first precision of a process; a second run may ask for another.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.precision]
-    try:
-        accelerator = Accelerator(mixed_precision=mixed)
-    except ValueError as error:
-        raise ConfigError(f"precision {recipe.precision}: {error}; set precision: fp32") from None
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("precision fp16 needs a GPU; set precision: bf16 or fp32")
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"started as {accelerator.num_processes} processes, but training runs in one; start "
-            "it without torchrun, and one job per pair with --stage distill --pair N"
-        )
-    return accelerator
-
-
-def _digest_of(folder: Path) -> str | None:
-    """Digest that a stage folder was made for, or None when there is nothing in it."""
-    done = folder / "DONE"
-    if done.is_file():
-        return str(read_json(done).get("digest"))
-    checkpoint, _ = newest_checkpoint(folder)
-    return None if checkpoint is None else str(checkpoint.meta.get("digest"))
-
-
-def _last(folder: Path) -> Path:
-    pointer = folder / "last"
-    if not pointer.is_file():
-        raise CheckpointError(f"{folder} holds no checkpoint; run that stage first")
-    return folder / pointer.read_text().strip()
-
-
-def _of_pair(weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """Weights of one module under its own names (`pair-00.blocks...` -> `blocks...`)."""
-    prefix = f"{pair_name(index)}."
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-
-
-def _metrics_of_pair(joint: Path, name: str) -> str:
-    """Lines of a joint metrics.jsonl with one pair's loss and accuracy, as if trained alone."""
-    kept = []
-    for line in read_metrics(joint):
-        own = {k: v for k, v in line.items() if k in ("step", "epoch", "lr")}
-        own |= {k: v for k, v in line.items() if k.startswith(name)}
-        kept.append(json.dumps({**own, "loss": line[f"{name}/loss"]}) + "\n")
-    return "".join(kept)
+def _pause(run: Run, reason: str, *, wait: bool) -> None:
+    """Sleeps a little before the next look, or fails when nobody wants to wait."""
+    if not wait:
+        raise CheckpointError(reason)
+    if reason != run.waiting_for:
+        run.reporter.message(f"waiting: {reason}")
+        run.waiting_for = reason
+    deadline = time.monotonic() + _POLL
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if run.stop.is_set:
+            raise run.stop.exception("stopped while waiting for another job")

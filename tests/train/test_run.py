@@ -22,9 +22,9 @@ from tiny import SCHEDULE, VALUES, metrics, tiny_recipe
 from m2mkd.errors import CheckpointError, ConfigError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
 from m2mkd.models.checkpoint import load_model
-from m2mkd.train import loop
 from m2mkd.train.progress import Reporter
 from m2mkd.train.run import Run, train
+from m2mkd.train.stopping import Interrupted
 
 
 class Killed(BaseException):
@@ -219,7 +219,7 @@ def test_ctrl_c_saves_at_once_and_the_run_goes_on(
             if (self.job, done) == self.victim:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(loop.Interrupted, match="stopped in meta after step 3 of 10"):
+    with pytest.raises(Interrupted, match="stopped in meta after step 3 of 10"):
         train(tiny_recipe(), out, Pressing("meta", 3))
     assert (out / "meta" / "last").read_text() == "step_000003"
     train(tiny_recipe(), out, Reporter(quiet=True))
