@@ -16,6 +16,7 @@ from m2mkd.errors import M2MKDError, did_you_mean
 # name -> (module holding a click command of that name (`import_` for import), help line)
 _COMMANDS = {
     "train": ("m2mkd.cli.train", "Train a modular student from a recipe."),
+    "launch": ("m2mkd.cli.launch", "Queue a run's stages as SLURM jobs."),
     "evaluate": ("m2mkd.cli.evaluate", "Measure a run's or ONNX file's accuracy."),
     "report": ("m2mkd.cli.report", "Write one HTML page about a run or several seeds."),
     "import": ("m2mkd.cli.import_", "Convert a published checkpoint to a run."),

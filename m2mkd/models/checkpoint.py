@@ -146,6 +146,7 @@ def write_checkpoint(
             torch.save(state, partial / _STATE)
         hashes = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         full_meta = {"format": FORMAT, "step": step, **meta, "sha256": hashes}
+        hashes[_META] = _sha256_of_meta(full_meta)
         (partial / _META).write_text(json.dumps(full_meta, indent=1, default=str))
         for path in partial.iterdir():
             _sync(path)
@@ -158,6 +159,8 @@ def write_checkpoint(
         _forget_old(stage, keep)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if "DataLoader worker" in str(error):
+            raise  # torch raises the death of a worker wherever the main process happens to be
         raise write_failure(final, error) from error
     return final
 
@@ -187,6 +190,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     meta = _read_meta(folder)
     for name, expected in meta["sha256"].items():
+        if name == _META:
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
@@ -299,7 +304,17 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"{path} has format {meta.get('format')}, this version reads {FORMAT}; "
             "use the version of m2mkd that wrote it"
         )
+    if meta["sha256"].get(_META, "") not in ("", _sha256_of_meta(meta)):
+        raise CheckpointError(f"checkpoint file {path} is damaged: its SHA-256 differs")
     return meta
+
+
+def _sha256_of_meta(meta: dict[str, Any]) -> str:
+    """Hash of what a meta.json says, its own hash left out."""
+    hashes = {name: value for name, value in meta["sha256"].items() if name != _META}
+    # What is read back may differ in type, such as tuples that became lists.
+    plain = json.loads(json.dumps({**meta, "sha256": hashes}, default=str))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write_failure(path: Path, error: Exception) -> CheckpointError:

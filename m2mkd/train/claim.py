@@ -172,9 +172,10 @@ def _touched(path: Path) -> int:
 def _start_of(pid: int) -> str:
     """When a process of this machine started, in clock ticks since boot; empty when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
         return ""
+    return "" if state in "ZX" else numbers[18]  # a zombie only waits to be counted
 
 
 def _describe(owner: dict[str, Any]) -> str:

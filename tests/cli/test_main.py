@@ -15,6 +15,7 @@ from m2mkd.errors import ConfigError
 
 COMMANDS = [
     "train",
+    "launch",
     "evaluate",
     "report",
     "import",
