@@ -93,14 +93,15 @@ def test_a_job_queued_again_takes_its_own_claim_back(
     monkeypatch.setattr(claim, "_EXPIRY", 1e9)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     hold(tmp_path, job="77")
-    with Claim(tmp_path, quiet.append) as held:
-        held.check()
+    with Claim(tmp_path, quiet.append):
+        assert json.loads((tmp_path / "RUNNING").read_text())["job"] == "77"
+        assert json.loads((tmp_path / "RUNNING").read_text())["id"] != "other"
 
 
 def test_half_a_claim_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "RUNNING").write_text('{"id": "o')
-    with Claim(tmp_path, quiet.append) as held:
-        held.check()
+    with Claim(tmp_path, quiet.append):
+        assert json.loads((tmp_path / "RUNNING").read_text())["pid"] == os.getpid()
 
 
 def test_an_owner_that_slept_too_long_notices_and_leaves_the_new_claim_alone(
