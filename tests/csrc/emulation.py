@@ -37,8 +37,6 @@ COMMON = [
     "-Wno-unknown-pragmas",
     "-DM2MKD_EMULATOR",
     "-DM2MKD_PLATFORM=<emulator/platform.h>",
-    f"-I{CUDA}",
-    f"-I{CSRC / 'cuda'}",  # for what a changed copy includes from its neighbours
     f"-I{CSRC}",
 ]
 # The compiler then calls the emulator at every access. Lines are those of the source at -O1, and
@@ -60,33 +58,36 @@ def runtime_sources() -> list[Path]:
 
 
 @functools.cache
-def _headers() -> bytes:
+def _headers(cuda: Path) -> bytes:
     """A digest of all headers and the compiler."""
     version = subprocess.run([*CXX, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version)
-    for folder in (CSRC, CSRC / "emulator", CUDA, Path(__file__).parent):
+    for folder in (CSRC, CSRC / "emulator", cuda, Path(__file__).parent):
         for path in sorted(folder.glob("*.h")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.digest()
 
 
-def _object(source: Path, flags: list[str]) -> Path:
+def _object(cuda: Path, source: Path, flags: list[str]) -> Path:
     """Compiles one source, unless the same content was compiled before."""
-    content = _headers() + source.read_bytes() + "\0".join(flags).encode()
+    content = _headers(cuda) + source.read_bytes() + "\0".join(flags).encode()
     target = BUILD / f"{source.name}.{hashlib.sha256(content).hexdigest()[:20]}.o"
     if not target.exists():
         part = target.with_suffix(".part")
-        subprocess.run([*CXX, *flags, "-c", str(source), "-o", str(part)], check=True)
+        # The second folder is for what a changed copy includes from its neighbours.
+        include = [f"-I{cuda}", f"-I{CSRC / 'cuda'}"]
+        subprocess.run([*CXX, *flags, *include, "-c", str(source), "-o", str(part)], check=True)
         part.rename(target)
     return target
 
 
-def _link(name: str, sources: dict[Path, list[str]], flags: list[str]) -> Path:
+def _link(name: str, cuda: Path, sources: dict[Path, list[str]], flags: list[str]) -> Path:
     """Compiles and links; processes that build at the same time wait for each other."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = [str(path) for path in pool.map(_object, sources, sources.values())]
+        compiled = pool.map(functools.partial(_object, cuda), sources, sources.values())
+        objects = [str(path) for path in compiled]
         key = hashlib.sha256("\0".join([*objects, *flags]).encode()).hexdigest()[:20]
         target = BUILD / f"{name}.{key}"
         if not target.exists():
@@ -97,13 +98,17 @@ def _link(name: str, sources: dict[Path, list[str]], flags: list[str]) -> Path:
 
 
 @functools.cache
-def program(name: str, with_kernels: bool = False) -> Path:
-    """The program tests/csrc/NAME.cu; with the project's kernels or alone."""
-    sources = {Path(__file__).parent / f"{name}.cu": KERNEL}
-    sources |= {path: RUNTIME for path in runtime_sources()}
-    if with_kernels:
-        sources |= {path: KERNEL for path in sorted(CUDA.glob("*.cu"))}
-    return _link(name, sources, [])
+def detectors() -> Path:
+    """The program that proves the detectors, detectors.cu."""
+    sources = {Path(__file__).parent / "detectors.cu": KERNEL}
+    return _link("detectors", CUDA, sources | {path: RUNTIME for path in runtime_sources()}, [])
+
+
+def launchers(cuda: Path = CUDA) -> Path:
+    """The program that compares every launcher of the kernels in `cuda` with plain loops."""
+    sources = {Path(__file__).parent / "launchers.cu": KERNEL}
+    sources |= {path: KERNEL for path in sorted(cuda.glob("*.cu"))}
+    return _link("launchers", cuda, sources | {path: RUNTIME for path in runtime_sources()}, [])
 
 
 @functools.cache
@@ -113,7 +118,7 @@ def library() -> Path:
     sources |= {path: WRAPPER for path in [CSRC / "library.cpp", *sorted(CUDA.glob("*.cpp"))]}
     sources |= {path: RUNTIME for path in runtime_sources()}
     folder = Path(torch.__file__).parent / "lib"
-    path = _link("ops.so", sources, ["-shared", f"-L{folder}", "-ltorch_cpu"])
+    path = _link("ops.so", CUDA, sources, ["-shared", f"-L{folder}", "-ltorch_cpu"])
     torch.ops.load_library(path)
     return path
 

@@ -462,6 +462,8 @@ void test_circuit(DType dtype, int receivers, int senders, int width) {
 }  // namespace
 
 int main() {
+  const Sizes many_experts{40, 1, 300, 1, 1, -1};  // more than a block of the plan's scan
+  test_plan(many_experts, Plan(many_experts));
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
     for (const Sizes& s : {Sizes{33, 2, 4, 7, 13, -1}, Sizes{150, 2, 5, 16, 24, -1},
                            Sizes{70, 2, 5, 16, 40, 11}, Sizes{1, 1, 1, 1, 1, -1}}) {

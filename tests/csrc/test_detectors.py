@@ -8,7 +8,7 @@ import pytest
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the program of broken kernels."""
-    command = [str(emulation.program("detectors")), *arguments]
+    command = [str(emulation.detectors()), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
