@@ -101,7 +101,10 @@ class LatentAttention(nn.Module):
                 q_BHUK, k_BHVK, v_BHVK, edges.circuit, edges.bias, impl=self.impl
             )
         messages: Tensor = self.exit(
-            merge_heads(out_BHUK), receiver_codes_UC, output_scale=gamma_of(self.layer_scale)
+            out_BHUK,
+            receiver_codes_UC,
+            activation="heads",
+            output_scale=gamma_of(self.layer_scale),
         )
         return receivers_BUD + self.drop_path(messages) if self.residual else messages
 

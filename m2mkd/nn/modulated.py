@@ -3,7 +3,7 @@
 y = W (a(x) * s) + b. Written with separate operations, autograd would keep a(x) and the product for
 every layer of every block; here x alone is kept and the rest is computed again, elementwise.
 
-Letters: U latents, I inputs, O outputs.
+Letters: B batch, H heads, U latents, K head width, I inputs, O outputs.
 """
 
 from typing import Any, Literal, get_args
@@ -14,17 +14,25 @@ from torch import Tensor
 
 from m2mkd.ops._autocast import to_region
 
-Activation = Literal["none", "gelu", "geglu"]
+Activation = Literal["none", "gelu", "geglu", "heads"]
 ACTIVATIONS = get_args(Activation)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """GELU (erf), or GEGLU: the first half of x times GELU of the second; or x itself."""
+    """What a layer's inputs go through first.
+
+    Args:
+        x: Inputs.
+        activation: `none`; `gelu` (erf); `geglu`, the first half of x times GELU of the second;
+            `heads`, attention's outputs [B, H, U, K] side by side, as [B, U, H K].
+    """
     if activation == "gelu":
         return F.gelu(x)
     if activation == "geglu":
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
+    if activation == "heads":
+        return x.transpose(1, 2).flatten(2)
     return x
 
 
@@ -38,7 +46,7 @@ def modulated_linear(
     """W (a(x) * s) + b, [..., U, O].
 
     Args:
-        x: [..., U, I], or [..., U, 2 I] for GEGLU.
+        x: [..., U, I], [..., U, 2 I] for GEGLU, or [B, H, U, K] for heads.
         scale_UI: [U, I], or [1, I] for one scale for all.
         weight_OI: [O, I].
         bias_O: [O], or None.
@@ -95,6 +103,8 @@ def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tenso
         return grad
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
+    if activation == "heads":
+        return grad.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)  # type: ignore[no-any-return]
     value, gate = x.chunk(2, dim=-1)
     grad_gate = torch.ops.aten.gelu_backward(grad * value, gate)
     return torch.cat([grad * F.gelu(gate), grad_gate], dim=-1)

@@ -8,8 +8,8 @@ from m2mkd.nn.modulated import ACTIVATIONS, activate, modulated_linear
 
 
 def tensors(activation: str, rows: int = 3, **options: object) -> list[torch.Tensor]:
-    width = 8 if activation == "geglu" else 4
-    shapes = [(2, 3, width), (rows, 4), (5, 4), (5,)]
+    inputs = {"geglu": (2, 3, 8), "heads": (2, 2, 3, 2)}.get(activation, (2, 3, 4))
+    shapes = [inputs, (rows, 4), (5, 4), (5,)]
     return [torch.randn(shape, requires_grad=True, **options) for shape in shapes]
 
 
