@@ -295,13 +295,15 @@ def severity_curves(series: Sequence[tuple[str, str, Sequence[float]]], clean: f
     """Accuracy against the severity of corruptions, 0 being clean images."""
     with plotting("Accuracy under corruption", 5.4, 3.3) as plot:
         axes: Axes = plot.axes
-        for name, color, values in series:
+        for i, (name, color, values) in enumerate(series):
             is_mean = name == "mean"
             axes.plot(
                 range(len(values) + 1),
                 [clean, *values],
                 color=_INK if is_mean else color,
                 linewidth=2.6 if is_mean else 1.2,
+                # There are fewer colours than kinds.
+                linestyle="--" if i >= len(SERIES) and not is_mean else "-",
                 alpha=1.0 if is_mean else 0.8,
                 marker="o",
                 markersize=3,
