@@ -83,20 +83,12 @@ def _choose(
     width = q.shape[3]
     if not has_kernels(q.device) or not 1 <= width <= MAX_WIDTH:
         return "dense"
-    enabled = torch.is_grad_enabled()
-    wants_grad = enabled and any(t.requires_grad for t in (q, k, v))
-    wants_bias_grad = enabled and bias is not None and bias.requires_grad
-    limit = crossover(q.device.type, q.dtype, width, wants_grad, wants_bias_grad)
+    wants_bias_grad = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+    limit = crossover(q.device.type, q.dtype, width, wants_bias_grad)
     return "sparse" if circuit.density <= limit else "dense"
 
 
-def crossover(
-    device_type: str,
-    dtype: torch.dtype,
-    width: int,
-    wants_grad: bool,
-    wants_bias_grad: bool,
-) -> float:
+def crossover(device_type: str, dtype: torch.dtype, width: int, wants_bias_grad: bool) -> float:
     """The density up to which `auto` takes the sparse kernel.
 
     On a CPU both times are measured (AVX2, one thread, widths 16, 64 and 128, float32 and bfloat16,
@@ -109,19 +101,16 @@ def crossover(
         device_type: cpu or cuda.
         dtype: Of the queries.
         width: Of a head.
-        wants_grad: Whether a backward pass to queries, keys or values may follow.
-        wants_bias_grad: Whether one to the edges' biases may.
+        wants_bias_grad: Whether a backward pass to the edges' biases may follow.
     """
-    wants_grad = wants_grad or wants_bias_grad
     if device_type == "cuda":
         # Estimated for an H100 from csrc/KERNELS.md, not measured, at D = 64. An edge of a head
         # takes sparse 1/21e9 s in half types and 1/11e9 s in float32 through L2, a third of that
         # where tables are staged; a pair of receiver and sender takes dense 256 FLOP per head, at
         # some 300 TFLOP/s on tensor cores or 40 in float32, and 1e-12 s for its bias. They meet at
-        # 4 % and 8 % of pairs, staged at 11 % and 34 %. Backward, dense also writes a bias
-        # gradient per head.
-        density = 0.04 if dtype in (torch.float16, torch.bfloat16) else 0.12
-        return 1.5 * density if wants_grad else density
+        # 4 % and 8 % of pairs, staged at 11 % and 34 %. With backward, dense takes 3.5 times as
+        # long and writes a bias gradient per head, sparse 3 (half types 4) times: about the same.
+        return 0.04 if dtype in (torch.float16, torch.bfloat16) else 0.12
     return min(1.0, 0.4 + 28 / width) if wants_bias_grad else 0.57
 
 

@@ -284,7 +284,7 @@ def test_auto_takes_the_kernel_up_to_the_crossover_and_dense_above() -> None:
     inputs = attention_inputs(Problem(1, 2, 40, 40, 64, "complete", "shared"), torch.float32)
     q, k, v = (inputs[name] for name in ("q_BHUD", "k_BHVD", "v_BHVD"))
     for wants_grad, biased in ((False, False), (True, False), (True, True)):
-        limit = crossover("cpu", torch.float32, 64, wants_grad, biased)
+        limit = crossover("cpu", torch.float32, 64, biased)
         assert 0 < limit < 1
         for density, expected in ((0.9 * limit, "sparse"), (1.1 * limit, "dense")):
             flat = torch.arange(1600) < density * 1600
@@ -331,12 +331,8 @@ def test_the_kernel_itself_refuses_a_graph_that_reads_out_of_bounds(
 
 
 def test_on_cuda_half_types_go_dense_earlier_for_tensor_cores() -> None:
-    for wants_grad in (False, True):
-        half, full = (
-            crossover("cuda", dtype, 64, wants_grad, False)
-            for dtype in (torch.bfloat16, torch.float32)
-        )
-        assert 0 < half < full < crossover("cpu", torch.float32, 64, wants_grad, False)
+    half, full = (crossover("cuda", dtype, 64, False) for dtype in (torch.bfloat16, torch.float32))
+    assert 0 < half < full < crossover("cpu", torch.float32, 64, False)
 
 
 def test_on_cuda_the_dense_bias_has_the_dtype_of_the_queries(
