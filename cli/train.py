@@ -96,7 +96,8 @@ def _describe(run: Any) -> str:
     lines = [
         f"run folder {run.out}",
         f"data       {run.recipe.data.dataset}: {len(run.data.train)} training and "
-        f"{len(run.data.validation)} validation images, {run.data.num_classes} classes",
+        f"{len(run.data.validation)} validation images, {run.data.num_classes} classes; "
+        f"{run.data.images_per_step} images a step",
         f"teacher    {run.recipe.teacher.model}, modules {networks.teacher_depths}, "
         f"{networks.parameters['teacher']:,} parameters",
         f"student    {run.recipe.student.model}, modules {networks.student_depths}, "

@@ -277,21 +277,21 @@ def test_changed_settings_repeat_only_what_depends_on_them(
     assert kept == {"end_to_end-0", "baselines-end_to_end_only-0"}
 
 
-@pytest.mark.parametrize("poison", ["blocks.1.norm1.weight", "blocks.1.mlp.fc2_bias"])
+@pytest.mark.parametrize("poison", ["blocks.0.norm1.weight", "blocks.0.mlp.fc2_bias"])
 def test_a_loss_that_is_not_finite_names_stage_pair_and_step(tmp_path: Path, poison: str) -> None:
     recipe = tiny_recipe()
     out = tmp_path / "run"
     for stage in ("meta", "teacher"):
         train(recipe, out, Reporter(quiet=True), stage=stage)
     run = Run(recipe, out, Reporter(quiet=True))
-    original = run.networks.distilled_student
+    original = run.networks.student_modules
 
     def poisoned() -> Any:
-        student = original()
-        dict(student.named_parameters())[poison].data.flatten()[0] = float("nan")
-        return student
+        modules = original()
+        dict(modules[1].named_parameters())[poison].data.flatten()[0] = float("nan")
+        return modules
 
-    run.networks.distilled_student = poisoned  # type: ignore[method-assign]
+    run.networks.student_modules = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"stage distill/joint, step 0: pair-01: .*(nan|NaN)"):
         run.train_pairs()
 
@@ -408,8 +408,8 @@ def test_a_student_can_start_as_the_teacher_of_a_run(
     recipe = tiny_recipe(**fresh, student__upcycle_from=str(reference[0] / "teacher"))
     run = Run(recipe, tmp_path / "run", KillingReporter())
     source, _ = load_model(reference[0] / "teacher")
-    for student in (run.networks.student(), run.networks.distilled_student()):
-        mlp = student.blocks[3].mlp
+    for blocks in (run.networks.student().blocks[2:], run.networks.student_modules()[1].blocks):
+        mlp = blocks[1].mlp
         assert torch.equal(mlp.fc1_weight[2], source.blocks[3].mlp.fc1.weight)
     other = Run(tiny_recipe(**fresh), tmp_path / "other", KillingReporter()).plan
     changed = {name for name, stage in run.plan.items() if stage.digest != other[name].digest}
