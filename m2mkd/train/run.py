@@ -85,6 +85,13 @@ class Run:
             if plan.schedule is not None:
                 check_schedule(plan.schedule, plan.setting)
         check_trackers(recipe.tracking)
+        if recipe.parallel == "fsdp" and any(
+            p.ndim == 0 for p in self.networks.student().parameters()
+        ):
+            raise ConfigError(
+                f"student.model {recipe.student.model} has scalar parameters, which fsdp cannot "
+                "shard; set parallel: ddp"
+            )
 
     def _facts(self) -> Facts:
         file = self.recipe.teacher.checkpoint

@@ -123,3 +123,8 @@ def test_recipes_that_a_nac_cannot_follow_are_named(changes: dict[str, Any], mes
     recipe = nac_recipe(**changes)
     with pytest.raises(ConfigError, match=message):
         Networks(recipe, ImageData(recipe.data, 0))
+
+
+def test_a_nac_cannot_be_sharded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"scalar parameters.*set parallel: ddp"):
+        Run(nac_recipe(parallel="fsdp"), tmp_path, Reporter(quiet=True))
