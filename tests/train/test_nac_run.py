@@ -18,7 +18,7 @@ from m2mkd.recipe import Recipe
 from m2mkd.train.data import ImageData
 from m2mkd.train.networks import Networks
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import train
+from m2mkd.train.run import Run, train
 
 SIZES = {
     "tokenizer_dims": (8,),
