@@ -41,7 +41,7 @@ COMMON = [
 ]
 # The compiler then calls the emulator at every access. Lines are those of the source at -O1, and
 # binutils reads DWARF 4 better than 5.
-KERNEL = [*COMMON, "-O1", "-gdwarf-4", "-fsanitize=thread", "-x", "c++"]
+KERNEL = [*COMMON, "-O1", "-gdwarf-4", "-g1", "-fsanitize=thread", "-x", "c++"]
 RUNTIME = [*COMMON, "-O2"]
 WRAPPER = [
     *COMMON,
