@@ -26,19 +26,23 @@ std::string image_path() {
   return dladdr(&__ehdr_start, &info) != 0 ? info.dli_fname : "/proc/self/exe";
 }
 
-// "m2mkd::cuda::(anonymous namespace)::f<int>(int*)" becomes "f<int>".
+// "void m2mkd::cuda::(anonymous namespace)::f<int>(int*)" becomes "f<int>".
 std::string short_name(std::string name) {
-  const std::string anonymous = "(anonymous namespace)::";
-  for (size_t at; (at = name.find(anonymous)) != std::string::npos;) {
-    name.erase(at, anonymous.size());
-  }
-  const std::string own = "m2mkd::cuda::";
-  for (size_t at; (at = name.find(own)) != std::string::npos;) {
-    name.erase(at, own.size());
+  for (const std::string space : {"(anonymous namespace)::", "m2mkd::cuda::", "operator()"}) {
+    for (size_t at; (at = name.find(space)) != std::string::npos;) {
+      name.replace(at, space.size(), space == "operator()" ? "lambda" : "");
+    }
   }
   name = name.substr(0, name.find('('));
-  const size_t space = name.substr(0, name.find('<')).rfind(' ');
-  return space == std::string::npos ? name : name.substr(space + 1);
+  // What stands before the last blank outside template arguments is the type it returns.
+  int depth = 0;
+  for (size_t i = name.size(); i-- > 0;) {
+    depth += (name[i] == '>') - (name[i] == '<');
+    if (name[i] == ' ' && depth == 0) {
+      return name.substr(i + 1);
+    }
+  }
+  return name;
 }
 
 std::vector<Frame> parse(std::istream& lines) {
@@ -73,7 +77,7 @@ const std::vector<Frame>& inlined_frames(uint32_t offset) {
 }
 
 bool is_emulator(const Frame& frame) {
-  return frame.file.find("/emulator/") != std::string::npos ||
+  return frame.line == 0 || frame.file.find("/emulator/") != std::string::npos ||
          frame.file.find("/include/c++/") != std::string::npos;
 }
 
@@ -112,7 +116,8 @@ std::string describe(Site site) {
   std::string text;
   for (const Frame& frame : frames(site)) {
     text += text.empty() ? "" : ", from ";
-    text += base_name(frame.file) + ":" + std::to_string(frame.line) + " in " + frame.function;
+    text += base_name(frame.file) + ":" + std::to_string(frame.line) + " in " +
+            frame.function.substr(0, frame.function.find('<'));
   }
   return text.empty() ? "an unknown place (built without -g, or addr2line is missing)" : text;
 }
