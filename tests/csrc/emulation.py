@@ -15,6 +15,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import secrets
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CUDA = Path(os.environ.get("M2MKD_EMULATOR_SOURCES", CSRC / "cuda")).resolve()
 BUILD = ROOT / "build" / "emulator"
+SEED = int(os.environ.get("M2MKD_EMULATOR_SEED") or secrets.randbits(32))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 
 COMMON = [
@@ -129,15 +131,13 @@ def set_seed(seed: int) -> None:
 
 
 @contextmanager
-def kernels(seed: int | None = None) -> Iterator[None]:
+def kernels(seed: int = SEED) -> Iterator[None]:
     """Runs m2mkd's ops on emulated CUDA kernels instead of the CPU's.
 
     Args:
-        seed: Of the schedules; the one in use before, if None.
+        seed: Of the schedules; the same for all tests of a run unless given.
     """
-    library()
-    if seed is not None:
-        set_seed(seed)
+    set_seed(seed)
     override = torch.library.Library("m2mkd", "IMPL")
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")

@@ -31,7 +31,8 @@ KEPT = {
 
 @pytest.fixture(autouse=True)
 def emulated() -> Iterator[None]:
-    """Replaces the kernels for one test."""
+    """Replaces the kernels for one test; pytest shows the seed where it fails."""
+    print(f"repeat with M2MKD_EMULATOR_SEED={emulation.SEED}")
     with emulation.kernels():
         yield
 
