@@ -104,6 +104,40 @@ void expect(const std::string& what, const Ints& found, const Ints& expected) {
   }
 }
 
+// ---- 16-bit types round as CUDA's: to nearest, ties to even
+// --------------------------------------
+
+void test_rounding() {
+  const struct {
+    float value;
+    uint16_t half, bfloat16;
+  } cases[] = {
+      {0.0f, 0x0000, 0x0000},
+      {-0.0f, 0x8000, 0x8000},
+      {1.0f, 0x3c00, 0x3f80},
+      {1.00048828125f, 0x3c00, 0x3f80},  // tie of half
+      {1.00146484375f, 0x3c02, 0x3f80},  // tie of half, upwards
+      {1.00390625f, 0x3c04, 0x3f80},     // tie of bfloat16
+      {1.01171875f, 0x3c0c, 0x3f82},     // the same, upwards
+      {65519.0f, 0x7bff, 0x4780},
+      {65520.0f, 0x7c00, 0x4780},
+      {5.9604645e-8f, 0x0001, 0x3380},
+      {2.9802322e-8f, 0x0000, 0x3300},  // smallest half, and tie
+      {3.4e38f, 0x7c00, 0x7f80},
+      {-INFINITY, 0xfc00, 0xff80},
+      {NAN, 0x7fff, 0x7fff},
+  };
+  for (const auto& c : cases) {
+    const uint16_t half = __float2half_rn(c.value).bits;
+    const uint16_t bfloat16 = __float2bfloat16_rn(c.value).bits;
+    if (half != c.half || bfloat16 != c.bfloat16) {
+      ++failures;
+      std::printf("FAILED rounding of %.9g: half %04x, bfloat16 %04x\n", double(c.value), half,
+                  bfloat16);
+    }
+  }
+}
+
 // ---- mixtures of experts
 // -------------------------------------------------------------------------
 
@@ -463,6 +497,7 @@ void test_circuit(DType dtype, int receivers, int senders, int width) {
 }  // namespace
 
 int main() {
+  test_rounding();
   const Sizes many_experts{40, 1, 300, 1, 1, -1};  // more than a block of the plan's scan
   test_plan(many_experts, Plan(many_experts));
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
