@@ -28,11 +28,20 @@ from m2mkd.errors import ExportError
 from m2mkd.export.errors import ConversionError, UnsupportedModelError
 from m2mkd.export.inventory import check_file, check_interface
 from m2mkd.export.metadata import Metadata, MoEForm
+from m2mkd.export.nac_graph import (
+    NAC_CUDA_OPSET,
+    check_nac,
+    fold,
+    nac_translations,
+    use_constant_graph,
+    without_unheard,
+)
 from m2mkd.export.onnx_ops import OPSET, moe_layers, translations, use_export_op
 from m2mkd.export.preprocess import check_preprocessing, prepare, read_image
 from m2mkd.export.session import INPUT, OUTPUT, open_session
 from m2mkd.export.sources import run_data, run_folder
 from m2mkd.export.verify import MIN_IMAGES, Parity, Reference, compare, reference_outputs
+from m2mkd.models import NAC
 from m2mkd.models.checkpoint import ModelCard, load_model
 
 Target = Literal["cuda", "cpu"]
@@ -41,6 +50,7 @@ Precision = Literal["fp32", "fp16"]
 _FORMS: dict[Target, MoEForm] = {"cuda": "contrib", "cpu": "sorted"}
 # The oldest versions that were seen to run such files on the CPU: 1.17 refuses the IR version, and
 # 1.22 has no CPU kernel for MoE.
+_MIN_FOR_ATTENTION = "1.23"
 _MIN_ONNXRUNTIME: dict[MoEForm | None, str] = {None: "1.18", "sorted": "1.18", "contrib": "1.23"}
 _TRACED_BATCH = 2
 _MAX_SAMPLES = 32
@@ -139,6 +149,8 @@ def export_model(
     """
     check_preprocessing(card.preprocessing)
     _check_routing(model)
+    if isinstance(model, NAC):
+        check_nac(model)
     if not out.parent.is_dir():
         raise ExportError(f"folder {out.parent} for {out.name} does not exist; make it first")
     twin = _fresh_copy(model, card)
@@ -152,7 +164,9 @@ def export_model(
         operators: dict[str, int] = {}
         if reference is not None:
             form = _FORMS[target]
-            operators = check_file(draft, model, form=form, precision=precision)
+            operators = check_file(
+                draft, model, form=form, precision=precision, opset=metadata.opset
+            )
             parity = _verify(draft, reference, metadata, card, tolerance, bool(samples))
             metadata.parity = parity.to_dict()
         _add_metadata(draft, metadata)
@@ -193,6 +207,7 @@ def _metadata(
 ) -> Metadata:
     activations = {layer.activation for layer in moe_layers(model).values()}
     form = _FORMS[target] if activations else None
+    opset = NAC_CUDA_OPSET if isinstance(model, NAC) and target == "cuda" else OPSET
     writers = {name: version(name) for name in ("torch", "onnx", "onnxscript", "timm")}
     return Metadata(
         task="image-classification",
@@ -203,10 +218,10 @@ def _metadata(
         versions={"trained": card.versions, "exported": {"m2mkd": m2mkd.__version__, **writers}},
         target=target,
         precision=precision,
-        opset=OPSET,
+        opset=opset,
         moe_form=form,
         activation=", ".join(sorted(activations)) or None,
-        min_onnxruntime=_MIN_ONNXRUNTIME[form],
+        min_onnxruntime=_MIN_ONNXRUNTIME[form] if opset == OPSET else _MIN_FOR_ATTENTION,
         parity=None,
         data=data,
     )
@@ -237,20 +252,25 @@ def _noise(channels: int) -> list[Image.Image]:
 
 def _convert(model: nn.Module, card: ModelCard, metadata: Metadata) -> onnx_ir.Model:
     """Traces the model, which is changed, and returns its graph."""
+    is_nac = isinstance(model, NAC)
+    if isinstance(model, NAC):
+        model = without_unheard(model)
+        use_constant_graph(model)
     if metadata.precision == "fp16":
         _halve(model)
     use_export_op(model)
+    tables = translations(metadata.moe_form or "sorted") | nac_translations(metadata.opset)
     image = torch.zeros(_TRACED_BATCH, card.channels, card.image_size, card.image_size)
     try:
         program = torch.onnx.export(
             model,
             (image,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=metadata.opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            custom_translation_table=translations(metadata.moe_form or "sorted"),
+            custom_translation_table=tables,
             verbose=False,
         )
     except Exception as error:  # the exporter wraps whatever a model raises in types of its own
@@ -260,7 +280,7 @@ def _convert(model: nn.Module, card: ModelCard, metadata: Metadata) -> onnx_ir.M
         ) from error
     if program is None:
         raise ConversionError(f"PyTorch's ONNX exporter returned nothing for {card.model}")
-    return _tidy(program.model)
+    return _tidy(fold(program.model) if is_nac else program.model)
 
 
 def _halve(model: nn.Module) -> None:

@@ -24,7 +24,9 @@ from m2mkd.export.session import INPUT, OUTPUT
 from m2mkd.nn import MoEMlp
 
 
-def check_file(path: Path, model: nn.Module, *, form: MoEForm, precision: str) -> dict[str, int]:
+def check_file(
+    path: Path, model: nn.Module, *, form: MoEForm, precision: str, opset: int = OPSET
+) -> dict[str, int]:
     """Checks a file against the network it was written from.
 
     Args:
@@ -32,6 +34,7 @@ def check_file(path: Path, model: nn.Module, *, form: MoEForm, precision: str) -
         model: The network in float32; its experts are compared with the file's value by value.
         form: What the experts should have become.
         precision: `fp32` or `fp16`.
+        opset: Version of the standard operators that was asked for.
 
     Returns:
         How often each operator occurs.
@@ -42,8 +45,8 @@ def check_file(path: Path, model: nn.Module, *, form: MoEForm, precision: str) -
     """
     file = onnx_ir.load(path)
     layers = moe_layers(model)
-    if file.opset_imports.get("") != OPSET:
-        raise InventoryError(f"the graph uses opset {file.opset_imports.get('')}, not {OPSET}")
+    if file.opset_imports.get("") != opset:
+        raise InventoryError(f"the graph uses opset {file.opset_imports.get('')}, not {opset}")
     counts = Counter(
         f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in file.graph
     )

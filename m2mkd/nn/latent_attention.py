@@ -94,12 +94,7 @@ class LatentAttention(nn.Module):
         q_BHUK = split_heads(self.query(receiver_BUD, receiver_codes_UC), self.num_heads)
         k_BHVK = split_heads(self.key(sender_BVD, sender_codes_VC), self.num_heads)
         v_BHVK = split_heads(self.value(sender_BVD, sender_codes_VC), self.num_heads)
-        if edges is None:
-            out_BHUK = F.scaled_dot_product_attention(q_BHUK, k_BHVK, v_BHVK)
-        else:
-            out_BHUK = ops.circuit_attention(
-                q_BHUK, k_BHVK, v_BHVK, edges.circuit, edges.bias, impl=self.impl
-            )
+        out_BHUK = self._attend(q_BHUK, k_BHVK, v_BHVK, edges)
         messages: Tensor = self.exit(
             out_BHUK,
             receiver_codes_UC,
@@ -107,6 +102,15 @@ class LatentAttention(nn.Module):
             output_scale=gamma_of(self.layer_scale),
         )
         return receivers_BUD + self.drop_path(messages) if self.residual else messages
+
+    def _attend(
+        self, q_BHUK: Tensor, k_BHVK: Tensor, v_BHVK: Tensor, edges: Edges | None
+    ) -> Tensor:
+        if edges is None:
+            return F.scaled_dot_product_attention(q_BHUK, k_BHVK, v_BHVK)
+        return ops.circuit_attention(
+            q_BHUK, k_BHVK, v_BHVK, edges.circuit, edges.bias, impl=self.impl
+        )
 
 
 class ReadInAttention(nn.Module):

@@ -1,7 +1,7 @@
 """The two kinds of students: how each is cut into modules, taught, and put together again."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -15,48 +15,12 @@ from m2mkd.recipe import Recipe
 Create = Callable[[dict[str, Any], float], Any]
 
 
-class Student(Protocol):
-    """What a run asks of its student.
+class VMoEStudent:
+    """Modules are runs of blocks; stitches may stay, go, or be folded.
 
     Attributes:
         depths: Blocks per module.
     """
-
-    depths: list[int]
-
-    def assembled_args(self, assembly: Assembly) -> dict[str, Any]:
-        """Model arguments of the assembled student."""
-
-    def modules(self) -> nn.ModuleList:
-        """The student's modules between stitches of the teacher's width, freshly initialised."""
-
-    def assemble(
-        self, network: Any, weights: Sequence[ModuleWeights], assembly: Assembly
-    ) -> AssemblyReport:
-        """Copies trained module weights into a network built with `assembled_args`."""
-
-
-def make_student(
-    recipe: Recipe, network: nn.Module, create: Create, num_modules: int, teacher_dim: int
-) -> Student:
-    """The student of a recipe.
-
-    Args:
-        recipe: Says how it is distilled.
-        network: A freshly built student, to look at.
-        create: Builds others.
-        num_modules: L, of teacher and meta model.
-        teacher_dim: Their width.
-
-    Raises:
-        ConfigError: Modules that do not fit the teacher's, or settings that the kind cannot have.
-    """
-    kind = NACStudent if isinstance(network, NAC) else VMoEStudent
-    return kind(recipe, network, create, num_modules, teacher_dim)  # type: ignore[arg-type]
-
-
-class VMoEStudent:
-    """Modules are runs of blocks; stitches may stay, go, or be folded."""
 
     def __init__(
         self, recipe: Recipe, network: VMoE, create: Create, num_modules: int, teacher_dim: int
@@ -72,18 +36,18 @@ class VMoEStudent:
         )
 
     def assembled_args(self, assembly: Assembly) -> dict[str, Any]:
-        """See `Student`."""
+        """Model arguments of the assembled student."""
         return self._stitches(assembly)
 
     def modules(self) -> nn.ModuleList:
-        """See `Student`."""
+        """The modules between stitches of the teacher's width, freshly initialised."""
         drop_path = self._recipe.distill.schedule.drop_path
         return split_vit(self._create(self._stitches(None), drop_path), self.depths)
 
     def assemble(
-        self, network: VMoE, weights: Sequence[ModuleWeights], assembly: Assembly
+        self, network: Any, weights: Sequence[ModuleWeights], assembly: Assembly
     ) -> AssemblyReport:
-        """See `Student`."""
+        """Copies trained module weights into a network built with `assembled_args`."""
         return assemble(network, self.depths, weights, assembly)
 
     def _stitches(self, assembly: Assembly | None) -> dict[str, Any]:
@@ -92,7 +56,11 @@ class VMoEStudent:
 
 
 class NACStudent:
-    """Modules are the read-in, each propagator and the read-out; stitches may stay or go."""
+    """Modules are the read-in, each propagator and the read-out; stitches may stay or go.
+
+    Attributes:
+        depths: One per module.
+    """
 
     def __init__(
         self, recipe: Recipe, network: NAC, create: Create, num_modules: int, teacher_dim: int
@@ -104,20 +72,39 @@ class NACStudent:
         _check_nac(recipe, network, num_modules)
 
     def assembled_args(self, assembly: Assembly) -> dict[str, Any]:
-        """See `Student`."""
+        """Model arguments of the assembled student."""
         return {"stitch_dim": self._teacher_dim} if assembly == "keep" else {}
 
     def modules(self) -> nn.ModuleList:
-        """See `Student`."""
+        """The modules between stitches of the teacher's width, freshly initialised."""
         nac = self._create({}, self._recipe.distill.schedule.drop_path)
         return split_nac(nac, self._teacher_dim, context=self._recipe.distill.nac_context)
 
     def assemble(
-        self, network: NAC, weights: Sequence[ModuleWeights], assembly: Assembly
+        self, network: Any, weights: Sequence[ModuleWeights], assembly: Assembly
     ) -> AssemblyReport:
-        """See `Student`."""
+        """Copies trained module weights into a network built with `assembled_args`."""
         del assembly
         return assemble_nac(network, weights)
+
+
+def make_student(
+    recipe: Recipe, network: nn.Module, create: Create, num_modules: int, teacher_dim: int
+) -> VMoEStudent | NACStudent:
+    """The student of a recipe.
+
+    Args:
+        recipe: Says how it is distilled.
+        network: A freshly built student, to look at.
+        create: Builds others.
+        num_modules: L, of teacher and meta model.
+        teacher_dim: Their width.
+
+    Raises:
+        ConfigError: Modules that do not fit the teacher's, or settings that the kind cannot have.
+    """
+    kind = NACStudent if isinstance(network, NAC) else VMoEStudent
+    return kind(recipe, network, create, num_modules, teacher_dim)  # type: ignore[arg-type]
 
 
 def _check_nac(recipe: Recipe, nac: NAC, num_modules: int) -> None:
