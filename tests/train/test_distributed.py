@@ -98,7 +98,11 @@ def assert_same_to_rounding(ours: Path, reference: Path) -> None:
             for run in (ours, reference)
         ]
         for name, value in weights[0].items():
-            torch.testing.assert_close(value, weights[1][name], atol=WEIGHT_TOLERANCE, rtol=0)
+            pair = [value, weights[1][name]]
+            if name.endswith("attn.qkv.bias"):
+                # The gradient of a key's bias is zero but for rounding, of which Adam makes a lot.
+                pair = [torch.cat([b.chunk(3)[0], b.chunk(3)[2]]) for b in pair]
+            torch.testing.assert_close(*pair, atol=WEIGHT_TOLERANCE, rtol=0)
 
 
 @pytest.fixture(scope="module")
