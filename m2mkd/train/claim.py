@@ -23,6 +23,7 @@ _FILE = "RUNNING"
 _BEAT = 15.0  # seconds between signs of life
 _EXPIRY = 90.0  # seconds without one, after which an owner on another machine is taken for dead
 _POLL = 1.0
+_TAKEOVER = 2 * _EXPIRY  # seconds after which a takeover by another is taken for interrupted
 
 
 class Claim:
@@ -41,6 +42,7 @@ class Claim:
         self._path = folder / _FILE
         self._identity = uuid.uuid4().hex
         self._ended = threading.Event()
+        interrupted = time.monotonic() + _TAKEOVER
         while not self._create():
             rival = _read(self._path)
             if rival is None:
@@ -52,6 +54,12 @@ class Claim:
                 )
             message(f"{folder}: {_describe(rival)} is gone; taking over")
             _remove(self._path, rival["id"])
+            ticket = _ticket(self._path, rival["id"])
+            if ticket.exists() and time.monotonic() > interrupted:
+                raise BusyError(
+                    f"{folder} was being taken over from {_describe(rival)} by a process that "
+                    f"did not finish; remove {ticket} if none is at work"
+                )
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -183,20 +191,27 @@ def _describe(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host'] or 'an unknown machine'}{job}"
 
 
+def _ticket(path: Path, identity: str) -> Path:
+    """The right to remove one owner's claim; whoever creates it has it."""
+    return path.with_name(f".{_FILE}.{identity or 'unknown'}")
+
+
 def _remove(path: Path, identity: str) -> None:
     """Removes one owner's claim, never one that came after it.
 
-    Renaming first makes sure that of several who want to take over, one removes the claim; one
-    that turns out to be younger is put back.
+    Only the holder of the owner's ticket may, so what he has read stays true until he is done. Of
+    several who want to take over, one gets the ticket; the others see what he leaves.
     """
-    aside = path.with_name(f".{_FILE}.{uuid.uuid4().hex}")
+    ticket = _ticket(path, identity)
     try:
-        os.rename(path, aside)
-    except OSError:
+        os.close(os.open(ticket, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
         return
+    except OSError as error:
+        raise write_failure(ticket, error) from error
     try:
-        owner = _read(aside)
-        if owner is not None and owner["id"] != identity:
-            os.link(aside, path)
+        owner = _read(path)
+        if owner is not None and owner["id"] == identity:
+            path.unlink(missing_ok=True)
     finally:
-        aside.unlink(missing_ok=True)
+        ticket.unlink(missing_ok=True)
