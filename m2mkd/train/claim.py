@@ -1,8 +1,9 @@
 """Who works on a stage folder right now, on file systems that several machines share.
 
-The owner creates a small file with O_EXCL, which is atomic on NFS too (locks often are not), and
-touches it every few seconds. No clock is compared with another: a reader watches whether the file
-changes. A claim whose owner is gone (killed, or its machine lost) is taken over.
+The owner links a complete small file to its name, which is atomic on NFS too (locks often are not)
+and never shows a half-written claim, and touches it every few seconds. No clock is compared with
+another: a reader watches whether the file changes. A claim whose owner is gone (killed, or its
+machine lost) is taken over.
 """
 
 import json
@@ -98,20 +99,17 @@ class Claim:
             "started": _start_of(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
         }
+        draft = self._path.with_name(f".{_FILE}.{self._identity}.new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            draft.write_text(json.dumps(facts))
+            os.link(draft, self._path)
         except FileExistsError:
             return False
         except OSError as error:
             raise write_failure(self._path, error) from error
-        try:
-            os.write(descriptor, json.dumps(facts).encode())
-        except OSError as error:
-            self._path.unlink(missing_ok=True)
-            raise write_failure(self._path, error) from error
         finally:
-            os.close(descriptor)
+            draft.unlink(missing_ok=True)
         return True
 
     def _beat(self) -> None:
@@ -145,7 +143,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        return unknown  # its owner is just writing it, or was killed doing so
+        return unknown  # damaged
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     return {**unknown, **facts} if isinstance(facts, dict) else unknown
