@@ -277,6 +277,32 @@ def check_signatures(op: str, receiver_sig_US: Tensor, sender_sig_VS: Tensor) ->
     )
 
 
+def check_edge_log_affinity(
+    receiver_sig_US: Tensor,
+    sender_sig_VS: Tensor,
+    circuit: Circuit,
+    bandwidth: Tensor | float,
+    uniforms_BN: Tensor | None,
+) -> None:
+    """Checks the tensors given to `edge_log_affinity`."""
+    op = "edge_log_affinity"
+    check_signatures(op, receiver_sig_US, sender_sig_VS)
+    receivers, senders = receiver_sig_US.shape[0], sender_sig_VS.shape[0]
+    check_size(op, "U of signatures", receivers, circuit.num_receivers, "the circuit's U")
+    check_size(op, "V of signatures", senders, circuit.num_senders, "the circuit's V")
+    others = {"circuit": circuit.row_ptr, "uniforms": uniforms_BN}
+    if isinstance(bandwidth, Tensor):
+        check_rank(op, "bandwidth", bandwidth, "[]", 0)
+        check_float(op, "bandwidth", bandwidth)
+        others["bandwidth"] = bandwidth
+    check_together(op, "receiver signatures", receiver_sig_US, **others)
+    if uniforms_BN is not None:
+        check_rank(op, "uniforms", uniforms_BN, "[B, N]", 2)
+        check_float(op, "uniforms", uniforms_BN)
+        edges = circuit.num_edges
+        check_size(op, "N of uniforms", uniforms_BN.shape[1], edges, "N of circuit")
+
+
 def check_circuit_attention(
     q_BHUD: Tensor, k_BHVD: Tensor, v_BHVD: Tensor, circuit: Circuit, edge_bias: Tensor | None
 ) -> None:

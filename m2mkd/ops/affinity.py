@@ -58,17 +58,7 @@ def edge_log_affinity(
         ShapeError: Shapes, dtypes or devices that do not fit together; an unknown sampling; neither
             batch_size nor uniforms_BN with relaxed_bernoulli; a temperature that is not positive.
     """
-    op = "edge_log_affinity"
-    _checks.check_signatures(op, receiver_sig_US, sender_sig_VS)
-    _checks.check_size(
-        op, "U of signatures", receiver_sig_US.shape[0], circuit.num_receivers, "the circuit's U"
-    )
-    _checks.check_size(
-        op, "V of signatures", sender_sig_VS.shape[0], circuit.num_senders, "the circuit's V"
-    )
-    _checks.check_together(
-        op, "receiver signatures", receiver_sig_US, circuit=circuit.row_ptr, uniforms=uniforms_BN
-    )
+    _checks.check_edge_log_affinity(receiver_sig_US, sender_sig_VS, circuit, bandwidth, uniforms_BN)
     wide = compute_dtype(receiver_sig_US.dtype)
     receivers_US = F.normalize(receiver_sig_US.to(wide), dim=1)
     senders_VS = F.normalize(sender_sig_VS.to(wide), dim=1)
@@ -84,20 +74,19 @@ def edge_log_affinity(
         linked_N = log_N > math.log(0.5)
         log_N = torch.where(linked_N, log_N * 0, -torch.inf)
     elif sampling != "none":
-        raise ShapeError(f"{op}: unknown {sampling=}; use one of {', '.join(SAMPLINGS)}")
+        raise ShapeError(
+            f"edge_log_affinity: unknown {sampling=}; use one of {', '.join(SAMPLINGS)}"
+        )
     return log_N - log_sum_over_senders(log_N, circuit) if normalise else log_N
 
 
 def _uniforms(log_N: Tensor, batch_size: int | None, uniforms_BN: Tensor | None) -> Tensor:
-    """The given draws, checked, or new ones, [B, N]."""
-    op = "edge_log_affinity"
-    if uniforms_BN is None:
-        if batch_size is None:
-            raise ShapeError(f"{op}: relaxed_bernoulli needs batch_size or uniforms_BN")
-        return torch.rand(batch_size, *log_N.shape, dtype=log_N.dtype, device=log_N.device)
-    _checks.check_rank(op, "uniforms", uniforms_BN, "[B, N]", 2)
-    _checks.check_size(op, "N of uniforms", uniforms_BN.shape[1], log_N.shape[0], "N of circuit")
-    return uniforms_BN.to(log_N.dtype)
+    """The given draws or new ones, [B, N]."""
+    if uniforms_BN is not None:
+        return uniforms_BN.to(log_N.dtype)
+    if batch_size is None:
+        raise ShapeError("edge_log_affinity: relaxed_bernoulli needs batch_size or uniforms_BN")
+    return torch.rand(batch_size, *log_N.shape, dtype=log_N.dtype, device=log_N.device)
 
 
 def _relaxed_bernoulli(log_N: Tensor, temperature: float, uniforms_BN: Tensor) -> Tensor:

@@ -36,8 +36,9 @@ def circuit_attention(
     """Each receiver attends to its senders: softmax over edges of scale q.k + bias, times v.
 
     A receiver without edges outputs zeros. A bias of -inf removes its edge (for its example), also
-    where that leaves a receiver without any. Half types are accumulated in float32. Results are
-    the same on every run; the sparse kernel uses memory for N edges, never for U times V.
+    where that leaves a receiver without any. Half types are accumulated in float32. The sparse
+    kernels give the same bits on every run and use memory for N edges, never for U times V; the
+    dense form repeats as far as torch's attention does, whose backward on CUDA may not.
 
     Under autocast q, k and v are cast to the region's dtype; biases are used in float32 (float64
     with float64 queries).

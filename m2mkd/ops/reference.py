@@ -261,6 +261,7 @@ def edge_log_affinity(
     normalise: bool = True,
 ) -> Tensor:
     """Reference of `m2mkd.ops.edge_log_affinity`, over all pairs as in the published code."""
+    _checks.check_edge_log_affinity(receiver_sig_US, sender_sig_VS, circuit, bandwidth, uniforms_BN)
     wide = compute_dtype(receiver_sig_US.dtype)
     signatures = receiver_sig_US.to(wide)[:, None], sender_sig_VS.to(wide)[None]
     mask_UV = circuit.to_dense()

@@ -54,6 +54,7 @@ REGISTERED = {
     "moe_combine": {"moe_combine", "moe_combine_backward"},
     "moe_mlp": {"moe_mlp", "moe_mlp_backward"},
     "read_in_attention": set(),
+    "edge_log_affinity": set(),
     "circuit_attention": {"circuit_attention", "circuit_attention_backward"},
 }
 

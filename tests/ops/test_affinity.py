@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_testing import DifferentiableOpTests, Inputs, draw
 from torch import Tensor
 
 from m2mkd import ops
@@ -115,23 +116,53 @@ def test_edges_have_the_affinities_of_the_reference_over_all_pairs(
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_agree_with_finite_differences() -> None:
-    receivers, senders = signatures(5, 4, 0), signatures(6, 4, 1)
-    bandwidth = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    circuit = ops.circuit_from_signatures(receivers, senders, 1.1)
-    uniforms = torch.rand(2, circuit.num_edges, dtype=torch.float64)
+class TestEdgeLogAffinity(DifferentiableOpTests):
+    """Problems are U, V, S, the truncation, and B of the samples or None."""
 
-    def affinity(receivers: Tensor, senders: Tensor, bandwidth: Tensor) -> Tensor:
-        return ops.edge_log_affinity(
-            receivers,
-            senders,
-            circuit,
-            bandwidth,
-            sampling="relaxed_bernoulli",
-            uniforms_BN=uniforms,
-        )
+    name = "edge_log_affinity"
+    problems = (
+        pytest.param((5, 6, 4, 1.1, None), id="shared by the batch"),
+        pytest.param((7, 5, 3, 1.1, 3), id="samples per example"),
+        pytest.param((33, 65, 8, 0.7, 2), id="receivers without edges"),
+        pytest.param((1, 40, 8, 2.0, None), id="one receiver takes all"),
+        pytest.param((40, 1, 8, 2.0, None), id="one sender to all"),
+        pytest.param((5, 6, 4, 0.0, 2), id="no edges"),
+        pytest.param((0, 6, 4, 1.1, None), id="no receivers"),
+        pytest.param((5, 0, 4, 1.1, 2), id="no senders"),
+        pytest.param((5, 6, 4, 1.1, 0), id="no examples"),
+        pytest.param((1, 1, 1, 2.0, 1), id="all sizes one"),
+    )
+    small = (3, 4, 3, 1.2, 2)
+    compiled = ((5, 6, 4, 1.1, 2), (7, 8, 4, 1.1, 3))
+    # Signatures of one element have cosines of 1 or -1, and gradients of rounding only.
+    any_problem = st.tuples(
+        *(st.integers(0, 9), st.integers(0, 12), st.integers(2, 6)),
+        *(st.sampled_from([0.0, 0.6, 1.1, 2.0]), st.sampled_from([None, 0, 1, 3])),
+    )
+    # Always in float32 or wider.
+    region_dtype = torch.float32
+    any_float = frozenset({"bandwidth", "uniforms_BN"})
 
-    assert torch.autograd.gradcheck(affinity, (receivers, senders, bandwidth))
+    @staticmethod
+    def inputs(
+        problem: tuple[int, int, int, float, int | None], dtype: torch.dtype, device: str
+    ) -> Inputs:
+        receivers, senders, width, truncation, batch = problem
+        ends = [
+            draw(count, width, dtype=dtype, device=device, seed=seed)
+            for seed, count in enumerate((receivers, senders))
+        ]
+        circuit = ops.circuit_from_signatures(*ends, truncation)
+        generator = torch.Generator().manual_seed(2)
+        uniforms = torch.rand(batch or 0, circuit.num_edges, generator=generator)
+        return {
+            "receiver_sig_US": ends[0],
+            "sender_sig_VS": ends[1],
+            "circuit": circuit,
+            "bandwidth": torch.tensor(0.8, dtype=dtype, device=device, requires_grad=True),
+            "sampling": "none" if batch is None else "relaxed_bernoulli",
+            "uniforms_BN": None if batch is None else uniforms.to(device),
+        }
 
 
 def test_samples_are_drawn_anew_for_each_example_and_repeat_with_a_seed() -> None:
