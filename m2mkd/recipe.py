@@ -268,8 +268,10 @@ class Recipe(_Section):
         description="images per step that every lr is meant for: trains with lr x batch_size x "
         "accumulate x processes / lr_base_size (512 in DeiT); default: every lr as it stands",
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="several processes hold copies of the network (ddp) or shards (fsdp)"
+    parallel: Literal["ddp", "fsdp", "experts"] = Field(
+        "ddp",
+        description="several processes hold copies of the network (ddp), shards (fsdp), or copies "
+        "with other experts of a V-MoE each (experts)",
     )
     grad_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass instead of keeping them"

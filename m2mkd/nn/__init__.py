@@ -1,7 +1,12 @@
 """Modules with parameters; they know nothing of experiments."""
 
 from m2mkd.nn.auxiliary import auxiliary_loss
-from m2mkd.nn.expert_parallel import gather_state_dict, shard_experts, sharded_parameters
+from m2mkd.nn.expert_parallel import (
+    gather_experts,
+    gather_state_dict,
+    shard_experts,
+    sharded_parameters,
+)
 from m2mkd.nn.kernel import CircuitCache, Edges, KernelOptions, SignatureKernel
 from m2mkd.nn.latent_attention import LatentAttention, ReadInAttention
 from m2mkd.nn.latents import CodeNoise, Latents, Seeder
@@ -38,6 +43,7 @@ __all__ = [
     "WModFC",
     "auxiliary_loss",
     "expert_copies",
+    "gather_experts",
     "gather_state_dict",
     "shard_experts",
     "sharded_parameters",

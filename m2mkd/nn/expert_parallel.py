@@ -8,7 +8,7 @@ A model is built whole on every rank, with equal weights, and then sharded, befo
 made:
 
     shard_experts(model)                  # rank r keeps experts r*E/R to (r+1)*E/R
-    ...                                   # train
+    ...                                   # train (a recipe's `parallel: experts` does all this)
     weights = gather_state_dict(model)    # all ranks together: the whole model's state dict
 
 Checkpoints hold the whole model: save what `gather_state_dict` returns on one rank, load it into a
@@ -25,6 +25,7 @@ Letters: R ranks, T tokens of a rank, D width, E experts, K experts per token, M
 tokens, N rows received.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ class ShardedMoEMlp(MoEMlp):
 
     group: dist.ProcessGroup | None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedMoEMlp":
+        """A copy, such as an average of the weights starts from; it stays in the same group."""
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        memo[id(self.group)] = self.group  # a process group cannot be copied
+        copy.__dict__ = deepcopy(self.__dict__, memo)
+        return copy
+
+    # How many rows travel is known only when they do.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apply_experts(self, tokens_TD: Tensor, weights_TK: Tensor, plan: ops.MoEPlan) -> Tensor:
         rows_MD = ops.moe_gather(to_region(tokens_TD), plan)
         # The plan sorts rows by expert, so what goes to one rank lies together.
@@ -145,11 +156,20 @@ def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(layer, ShardedMoEMlp):
             continue
         for part, parameter in _expert_parameters(layer).items():
-            own = parameter.detach().contiguous()
-            parts = [torch.empty_like(own) for _ in range(dist.get_world_size(layer.group))]
-            dist.all_gather(parts, own, group=layer.group)
-            state[f"{name}.{part}" if name else part] = torch.cat(parts)
+            whole = gather_experts(parameter.detach(), layer.group)
+            state[f"{name}.{part}" if name else part] = whole
     return state
+
+
+def gather_experts(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """All experts of a tensor [E/R, ...] that every rank has for its own: [E, ...].
+
+    All ranks must call it together: for a parameter, or for what an optimiser keeps of one.
+    """
+    own = own.contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    return torch.cat(parts)
 
 
 def _moe_layers(model: nn.Module) -> dict[str, MoEMlp]:

@@ -37,7 +37,7 @@ from m2mkd.models.checkpoint import (
 )
 from m2mkd.recipe import Augmentation, Schedule, digest
 from m2mkd.train.data import ImageData
-from m2mkd.train.parallel import Parallel
+from m2mkd.train.parallel import ELEMENTWISE, make_parallel
 from m2mkd.train.progress import Reporter
 from m2mkd.train.stopping import StopRequest
 from m2mkd.train.world import World
@@ -66,7 +66,7 @@ class Context:
         guard: Called before anything is written; raises when this process may not.
         checkpoint_every: Optimiser steps between checkpoints; None means once an epoch.
         track: Gets every line of metrics.jsonl, in process 0.
-        is_sharded: Whether several processes shard whole networks instead of copying them.
+        parallel: How several processes train a network together, as the recipe's key has it.
         is_compiled: Whether the trained network goes through torch.compile.
         is_recomputed: Whether activations are computed again in the backward pass.
     """
@@ -82,7 +82,7 @@ class Context:
     guard: Callable[[], None] | None = None
     checkpoint_every: int | None = None
     track: Callable[[dict[str, Any]], None] = lambda line: None
-    is_sharded: bool = False
+    parallel: str = "ddp"
     is_compiled: bool = False
     is_recomputed: bool = False
 
@@ -167,7 +167,7 @@ class _Trainer:
         job.task.to(self.device)
         if context.is_recomputed:
             _recompute_activations(job.task)
-        self.parallel = Parallel(job.task, self.world, is_sharded=context.is_sharded)
+        self.parallel = make_parallel(job.task, self.world, context.parallel)
         self.module = self.parallel.module
         if context.is_compiled:
             for part in _separate_parts(self.module):
@@ -263,7 +263,7 @@ class _Trainer:
         if self.context.accelerator.scaler is not None:
             self.context.accelerator.unscale_gradients(self.optimizer)
         for part in _separate_parts(self.module):
-            torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
+            self.parallel.clip_gradients(part, limit)
 
     def _not_finite(self, what: str) -> TrainingError:
         pointer = self.job.folder / "last"
@@ -427,14 +427,26 @@ def _recompute_activations(task: nn.Module) -> None:
             part.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
-def check_schedule(schedule: Schedule, setting: str) -> None:
+def check_schedule(schedule: Schedule, setting: str, parallel: str = "ddp") -> None:
     """Lets a schedule that cannot be followed fail before anything is trained.
 
+    Args:
+        schedule: What to check.
+        setting: Its recipe key, for messages.
+        parallel: As the recipe's key has it.
+
     Raises:
-        ConfigError: timm does not know the optimiser or scheduler.
+        ConfigError: timm does not know the optimiser or scheduler, or the optimiser may look at
+            whole tensors, of which a process has its own experts only.
     """
     optimizer = _make_optimizer(nn.Linear(1, 1), schedule, setting)
     _make_scheduler(optimizer, schedule, setting, steps_per_epoch=1)
+    if parallel == "experts" and schedule.optimizer.lower() not in ELEMENTWISE:
+        raise ConfigError(
+            f"{setting}.optimizer={schedule.optimizer!r} does not go with parallel: experts, which "
+            f"divides tensors and takes {', '.join(ELEMENTWISE)}; set one of these, or "
+            "parallel: ddp"
+        )
 
 
 def _make_optimizer(module: nn.Module, schedule: Schedule, setting: str) -> torch.optim.Optimizer:

@@ -43,6 +43,7 @@ from m2mkd.train.failures import failures_named
 from m2mkd.train.folder import digest_of, last_checkpoint, metrics_of_pair, weights_of_pair
 from m2mkd.train.loop import Context, Job, check_schedule, fit, read_done
 from m2mkd.train.networks import Networks, versions
+from m2mkd.train.parallel import check_parallel
 from m2mkd.train.plan import STAGES, Facts, StagePlan, plan_run, stage_folders
 from m2mkd.train.progress import Reporter
 from m2mkd.train.stopping import StopRequest, stopping_on_signals
@@ -83,15 +84,10 @@ class Run:
         self.plan = plan_run(recipe, self._facts())
         for plan in self.plan.values():
             if plan.schedule is not None:
-                check_schedule(plan.schedule, plan.setting)
+                check_schedule(plan.schedule, plan.setting, recipe.parallel)
         check_trackers(recipe.tracking)
-        if recipe.parallel == "fsdp" and any(
-            p.ndim == 0 for p in self.networks.student().parameters()
-        ):
-            raise ConfigError(
-                f"student.model {recipe.student.model} has scalar parameters, which fsdp cannot "
-                "shard; set parallel: ddp"
-            )
+        if recipe.parallel != "ddp":
+            check_parallel(recipe, self.networks.student(), self.world)
 
     def _facts(self) -> Facts:
         file = self.recipe.teacher.checkpoint
@@ -403,7 +399,7 @@ class Run:
             accumulate=self.recipe.data.accumulate,
             guard=self.claim.check if self.claim is not None else None,
             checkpoint_every=self.recipe.checkpoint_every,
-            is_sharded=self.recipe.parallel == "fsdp",
+            parallel=self.recipe.parallel,
             is_compiled=self.recipe.compile,
             is_recomputed=self.recipe.grad_checkpointing,
         )

@@ -125,7 +125,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """What places and scales the training of one job, in the recipe's precision.
 
     Raises:
-        ConfigError: A precision the device cannot do, or sharding cannot.
+        ConfigError: A precision the device cannot do.
     """
     # accelerate keeps the first precision of a process; a second run may ask for another.
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -138,6 +138,4 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise ConfigError(f"precision {recipe.precision}: {error}; set precision: fp32") from None
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU; set precision: bf16 or fp32")
-    if recipe.precision == "fp16" and recipe.parallel == "fsdp":
-        raise ConfigError("precision fp16 does not go with parallel: fsdp; set precision: bf16")
     return accelerator

@@ -7,6 +7,7 @@ of outputs and gradients, relative to the largest value.
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
 
 
-def compare(me: Member, layer: MoEMlp, parts: list[Tensor], together: bool) -> float:
+def compare(
+    me: Member, layer: MoEMlp, parts: list[Tensor], together: bool, *, compiled: bool = False
+) -> float:
     """Runs the layer whole and sharded.
 
     Args:
@@ -88,6 +91,7 @@ def compare(me: Member, layer: MoEMlp, parts: list[Tensor], together: bool) -> f
         layer: It is sharded at the end.
         parts: Each rank's tokens.
         together: Whether the whole layer sees all tokens at once, or one rank's after the other's.
+        compiled: Whether to trace the sharded layer.
     """
     inputs = [part.clone().requires_grad_() for part in parts]
     if together:
@@ -99,6 +103,8 @@ def compare(me: Member, layer: MoEMlp, parts: list[Tensor], together: bool) -> f
 
     layer.zero_grad()
     shard_experts(layer, me.group)
+    if compiled:
+        layer.compile(backend="eager")
     own = parts[me.rank].clone().requires_grad_()
     out = layer(own)
     out.square().sum().backward()
@@ -129,6 +135,7 @@ def cases(me: Member) -> dict[str, float]:
     layer, parts = whole_layer(me), tokens(me.counts)
     send_all_away(layer, parts)
     results["a rank that keeps nothing"] = compare(me, layer, parts, True)
+    results["compiled"] = compare(me, whole_layer(me), tokens(me.counts), True, compiled=True)
     results["a rank without tokens"] = compare(
         me, whole_layer(me), tokens([*me.counts[:-1], 0]), True
     )
@@ -173,6 +180,18 @@ def state_dicts(me: Member) -> dict[str, float]:
     return {"state dict": worst}
 
 
+def copies(me: Member) -> dict[str, float]:
+    """A deep copy, as an average of the weights begins, stays sharded in its group."""
+    layer = whole_layer(me)
+    expected = layer(tokens(me.counts)[me.rank])
+    shard_experts(layer, me.group)
+    copy = deepcopy(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return {"deep copy": difference(copy(tokens(me.counts)[me.rank]), expected)}
+
+
 def refusals(me: Member) -> dict[str, str]:
     """What is said to those who ask for the impossible."""
     said = {}
@@ -198,7 +217,13 @@ def main() -> None:
     if rank < 2:
         groups.append(Member(rank, 2, pair))
     results = {
-        me.ranks: {**cases(me), **frozen_and_autocast(me), **state_dicts(me), **refusals(me)}
+        me.ranks: {
+            **cases(me),
+            **frozen_and_autocast(me),
+            **state_dicts(me),
+            **copies(me),
+            **refusals(me),
+        }
         for me in groups
     }
     (folder / f"{rank}.json").write_text(json.dumps(results))

@@ -26,7 +26,9 @@ CASES = [
     "no tokens at all",
     "capacity",
     "expert choice",
+    "compiled",
     "state dict",
+    "deep copy",
 ]
 
 

@@ -38,6 +38,9 @@ def plain_recipe(batch_size: int, **changes: Any) -> Recipe:
         "data__train_limit": 96,
         "data__augment": {"crop_scale": [0.7, 1.0], "label_smoothing": 0.1},
         "student__model_args__router_noise": 0.0,
+        "student__model_args__num_experts": 4,
+        # Adam would hide a gradient of the wrong size; this limit is reached at every step.
+        "end_to_end": {"epochs": 2, "lr": 0.05, "optimizer": "momentum", "clip_grad": 0.3},
         "teacher__incubate__drop_path": 0.0,
         "baselines": [],
     }
@@ -112,23 +115,53 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)], ids=["ddp", "fsdp"]
-)
-def test_two_processes_under_torchrun_equal_one_with_the_double_batch(
-    one_process: Path, tmp_path: Path, parallel: str
-) -> None:
-    path = tmp_path / "recipe.yaml"
-    recipe = plain_recipe(batch_size=16, parallel=parallel)
+def torchrun(recipe: Recipe, out: Path) -> str:
+    """Runs a recipe in two processes; what they print."""
+    path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    command = [sys.executable, "-m", "m2mkd.cli", "train", str(path), "--out", str(tmp_path / "r")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command = [sys.executable, "-m", "m2mkd.cli", "train", str(path), "--out", str(out), "--json"]
     result = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *command, "--json"], capture_output=True, text=True
+        [*launcher, "--nproc-per-node", "2", *command], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count('"accuracy"') == 1  # one process speaks
-    assert_same_to_rounding(tmp_path / "r", one_process)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run folder of two processes with half the batch, and what they print."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, torchrun(plain_recipe(batch_size=16), out)
+
+
+def test_two_processes_under_torchrun_equal_one_with_the_double_batch(
+    one_process: Path, two_processes: tuple[Path, str]
+) -> None:
+    out, printed = two_processes
+    assert printed.count('"accuracy"') == 1  # one process speaks
+    assert_same_to_rounding(out, one_process)
+
+
+@pytest.mark.slow
+def test_shards_in_two_processes_equal_one_process_with_the_double_batch(
+    one_process: Path, tmp_path: Path
+) -> None:
+    torchrun(plain_recipe(batch_size=16, parallel="fsdp"), tmp_path / "run")
+    assert_same_to_rounding(tmp_path / "run", one_process)
+
+
+def test_experts_spread_over_two_processes_equal_one_process_with_the_double_batch(
+    one_process: Path, two_processes: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(two_processes[0], out)
+    shutil.rmtree(out / "distill")
+    shutil.rmtree(out / "end_to_end")
+    spread = {"parallel": "experts", "data__batch_size": 8, "data__accumulate": 2}
+    torchrun(plain_recipe(16, **spread, grad_checkpointing=True), out)
+    assert not (out / "superseded").exists()  # the same digests
+    assert_same_to_rounding(out, one_process)
 
 
 def test_accumulated_and_recomputed_steps_equal_plain_ones(

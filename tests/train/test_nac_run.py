@@ -125,6 +125,10 @@ def test_recipes_that_a_nac_cannot_follow_are_named(changes: dict[str, Any], mes
         Networks(recipe, ImageData(recipe.data, 0))
 
 
-def test_a_nac_cannot_be_sharded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"scalar parameters.*set parallel: ddp"):
-        Run(nac_recipe(parallel="fsdp"), tmp_path, Reporter(quiet=True))
+@pytest.mark.parametrize(
+    ("parallel", "reason"),
+    [("fsdp", "scalar parameters"), ("experts", r"experts of a V-MoE, .* has none")],
+)
+def test_a_nac_cannot_be_divided(parallel: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{reason}.*set parallel: ddp"):
+        Run(nac_recipe(parallel=parallel), tmp_path, Reporter(quiet=True))
