@@ -259,6 +259,16 @@ def weights_file(path: Path) -> Path:
     return _find_step(path) / _WEIGHTS if not path.is_file() else path
 
 
+def newest_meta(stage: Path) -> dict[str, Any]:
+    """What the newest step that can be read says of itself, its weights left alone; else {}."""
+    for folder in reversed(_steps(stage)):
+        try:
+            return _read_meta(folder)
+        except CheckpointError:
+            continue  # whoever reads the weights too will say so
+    return {}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object that m2mkd wrote.
 

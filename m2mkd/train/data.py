@@ -8,6 +8,7 @@ with any number of workers. Letters: B batch, C channels, H height, W width.
 import math
 import random
 from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2mkd.errors import ConfigError, DataError
+from m2mkd.errors import CheckpointError, ConfigError, DataError
 from m2mkd.recipe import DataConfig
 from m2mkd.train.augment import Preparation, global_generators_kept, preprocessing
 from m2mkd.train.datasets import load_datasets, spread_over_classes
@@ -52,13 +53,14 @@ class _BatchReader(Dataset[_Batch]):
         unreadable: list[tuple[int, str]] = []
         with global_generators_kept():
             for position in indices:
-                copy, index = divmod(position, len(self._images))
+                number, index = divmod(position, len(self._images))
                 try:
                     image = self._images.image(index)
                 except DataError as error:
                     unreadable.append((index, str(error)))
                     continue
-                keys.append(f"{self._key}/{index}" if not copy else f"{self._key}/{index}/{copy}")
+                suffix = f"/{number}" if number else ""
+                keys.append(f"{self._key}/{index}{suffix}")
                 labels.append(self._images.label(index))
                 pixels.append(self._preparation.transform(image, keys[-1]))
             images_BCHW = self._preparation.finish(pixels, keys) if pixels else torch.empty(0)
@@ -73,6 +75,8 @@ class ImageData:
         validation: Held-out images, before any preparation.
         class_names: Name of every class.
         num_classes: Number of classes.
+        batch_size: Images of one batch.
+        accumulate: Batches of this process in an optimiser step.
         images_per_step: Images of one optimiser step, over all processes.
         steps_per_epoch: Optimiser steps per epoch, the same in every process. They are all full
             (the rest of the shuffled order is left out); one process that takes one batch a step
@@ -96,6 +100,7 @@ class ImageData:
         self.class_names = self.train.class_names
         self.num_classes = self.train.num_classes
         self._world = world or World()
+        self.batch_size, self.accumulate = config.batch_size, config.accumulate
         self.images_per_step = config.batch_size * config.accumulate * self._world.size
         if len(self.train) < self.images_per_step > config.batch_size:
             raise ConfigError(
@@ -115,6 +120,33 @@ class ImageData:
     def bad_images(self) -> int:
         """Number of different images left out so far because they cannot be read."""
         return len(self._unreadable)
+
+    def in_steps_of(self, images: int) -> "ImageData":
+        """The same data in steps of as many images, whatever the number of processes.
+
+        A stage that other processes began goes on in their steps. Batches become no larger than
+        `batch_size` of the recipe; those of mixed images stay even.
+
+        Args:
+            images: Images of one optimiser step, over all processes.
+
+        Raises:
+            CheckpointError: The processes cannot share them evenly.
+        """
+        own, rest = divmod(images, self._world.size)
+        divisor = 2 if self._config.augment.mixes_images else 1
+        sizes = [n for n in range(1, self._config.batch_size + 1) if not (own % n or n % divisor)]
+        if rest or not sizes:
+            raise CheckpointError(
+                f"the stage was begun in steps of {images} images, which {self._world.size} "
+                "processes cannot share evenly; start as many processes as before, or a divisor "
+                "of that (torchrun --nproc-per-node)"
+            )
+        data = copy(self)
+        data.batch_size, data.accumulate = sizes[-1], own // sizes[-1]
+        data.images_per_step = images
+        data.steps_per_epoch = max(1, len(self.train) // images)
+        return data
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this process's shuffled, augmented batches of one epoch, `accumulate` per step.
@@ -140,12 +172,12 @@ class ImageData:
             copies_NR = order_N[:, None] + len(self.train) * torch.arange(repeats)
             order_N = copies_NR.flatten()[: len(self.train)]
         order = order_N.tolist()
-        size = self._config.batch_size
-        own = size * self._config.accumulate
+        size = self.batch_size
+        own = size * self.accumulate
         starts = [
             step * self.images_per_step + self._world.rank * own + part * size
             for step in range(first_step, self.steps_per_epoch)
-            for part in range(self._config.accumulate)
+            for part in range(self.accumulate)
         ]
         batches = [order[start : start + size] for start in starts]
         return self._read("train", _BatchReader(self.train, self._augmented, key), batches)

@@ -62,7 +62,6 @@ class Context:
         reporter: Where progress goes.
         world: The processes of this job.
         stop: Asks for a checkpoint and an end.
-        accumulate: Batches per optimiser step.
         guard: Called before anything is written; raises when this process may not.
         checkpoint_every: Optimiser steps between checkpoints; None means once an epoch.
         track: Gets every line of metrics.jsonl, in process 0.
@@ -78,7 +77,6 @@ class Context:
     reporter: Reporter
     world: World = field(default_factory=World)
     stop: StopRequest = field(default_factory=StopRequest)
-    accumulate: int = 1
     guard: Callable[[], None] | None = None
     checkpoint_every: int | None = None
     track: Callable[[dict[str, Any]], None] = lambda line: None
@@ -202,7 +200,7 @@ class _Trainer:
         first = self.step - epoch * self.steps_per_epoch
         began, images_seen = time.monotonic(), 0
         batches = self.context.data.train_batches(epoch, first)
-        while step_batches := list(islice(batches, self.context.accumulate)):
+        while step_batches := list(islice(batches, self.context.data.accumulate)):
             result = self._train_step(step_batches)
             self.step += 1
             images_seen += self.world.size * sum(len(labels) for _, labels in step_batches)
@@ -323,7 +321,7 @@ class _Trainer:
             **self.job.meta,
             "stage": self.job.name,
             "digest": self.job.digest,
-            "processes": self.world.size,
+            "images_per_step": self.context.data.images_per_step,
             "latest": self._with_seconds(),
             "best": None if math.isinf(self.best) else self.best,
         }
@@ -389,13 +387,6 @@ class _Trainer:
         if checkpoint.meta.get("digest") != self.job.digest:
             raise CheckpointError(
                 f"{checkpoint.path} belongs to other settings; use another --out or --fresh"
-            )
-        before = checkpoint.meta.get("processes", 1)
-        if before != self.world.size and checkpoint.meta["step"] < self.total:
-            raise CheckpointError(
-                f"{self.job.name} was begun by {before} process(es), but this job has "
-                f"{self.world.size}; start it with as many (torchrun --nproc-per-node), or move "
-                f"{self.job.folder} away to begin it anew"
             )
 
     def _tidy(self, checkpoint: Checkpoint | None) -> None:

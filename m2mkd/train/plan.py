@@ -55,7 +55,8 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
     stage met none, or left them out), whether pairs are trained together, and what trades memory
     for time: gradient checkpointing, compiling, sharding, and how a step's images are cut into
     batches. (With mixing, drop path or router noise other random numbers are drawn; one result is
-    as good as the other.) The number of processes is no setting: a checkpoint remembers its own.
+    as good as the other.) The number of processes is no setting: a checkpoint remembers how many
+    images its steps took, and any number goes on in such steps.
     """
     ignored = {"root", "workers", "eval_batch_size", "on_bad_image", "batch_size", "accumulate"}
     data = recipe.data.model_dump(mode="json", exclude=ignored)

@@ -27,6 +27,7 @@ from m2mkd.models.checkpoint import (
     ModelCard,
     load_model,
     newest_checkpoint,
+    newest_meta,
     read_checkpoint,
     read_json,
     sha256,
@@ -373,9 +374,10 @@ class Run:
         plan = self.plan[name]
         if plan.schedule is None:
             raise ConfigError(f"{name} has no schedule to train with")
+        data = self._data_as_begun(folder)
         scale = 1.0
         if self.recipe.lr_base_size is not None:
-            scale = self.data.images_per_step / self.recipe.lr_base_size
+            scale = data.images_per_step / self.recipe.lr_base_size
         job = Job(
             name=str(folder.relative_to(self.out)),
             stage=name,
@@ -390,13 +392,12 @@ class Run:
         context = Context(
             # A new one for every job: accelerate keeps optimisers and loss scale of earlier ones.
             accelerator=make_accelerator(self.recipe),
-            data=self.data,
+            data=data,
             augment=self.recipe.data.augment,
             seed=self.recipe.seed,
             reporter=self.reporter,
             world=self.world,
             stop=self.stop,
-            accumulate=self.recipe.data.accumulate,
             guard=self.claim.check if self.claim is not None else None,
             checkpoint_every=self.recipe.checkpoint_every,
             parallel=self.recipe.parallel,
@@ -408,6 +409,18 @@ class Run:
             Tracking(self.recipe, self.out, job.name) as tracking,
         ):
             fit(job, replace(context, track=tracking.log))
+
+    def _data_as_begun(self, folder: Path) -> ImageData:
+        """Data in the steps of the job that began a stage: it may have had other processes."""
+        begun = self.world.on_main(lambda: newest_meta(folder).get("images_per_step"))
+        if begun in (None, self.data.images_per_step):
+            return self.data
+        data = self.data.in_steps_of(begun)
+        self.reporter.message(
+            f"{folder.relative_to(self.out)}: begun in steps of {begun} images, goes on in these: "
+            f"data.accumulate {data.accumulate}, data.batch_size {data.batch_size}"
+        )
+        return data
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Grades a network on the validation images, in this process alone."""

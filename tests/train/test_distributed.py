@@ -42,7 +42,8 @@ def plain_recipe(batch_size: int, **changes: Any) -> Recipe:
         # Adam would hide a gradient of the wrong size; this limit is reached at every step.
         "end_to_end": {"epochs": 2, "lr": 0.05, "optimizer": "momentum", "clip_grad": 0.3},
         "teacher__incubate__drop_path": 0.0,
-        "baselines": [],
+        "baselines": ["end_to_end_only"],
+        "checkpoint_every": 1,
     }
     return tiny_recipe(**{**settings, **changes})
 
@@ -151,16 +152,30 @@ def test_shards_in_two_processes_equal_one_process_with_the_double_batch(
     assert_same_to_rounding(tmp_path / "run", one_process)
 
 
+def forget_last_step(stage: Path) -> None:
+    """Leaves a complete stage as a kill before its last step would have."""
+    last = stage / (stage / "last").read_text()
+    assert last.name == "step_000006"
+    shutil.rmtree(last)
+    (stage / "DONE").unlink()
+
+
 def test_experts_spread_over_two_processes_equal_one_process_with_the_double_batch(
     one_process: Path, two_processes: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(two_processes[0], out)
     shutil.rmtree(out / "distill")
-    shutil.rmtree(out / "end_to_end")
+    shutil.rmtree(out / "baselines")
+    forget_last_step(out / "end_to_end")  # goes on from whole weights and momentum
     spread = {"parallel": "experts", "data__batch_size": 8, "data__accumulate": 2}
     torchrun(plain_recipe(16, **spread, grad_checkpointing=True), out)
     assert not (out / "superseded").exists()  # the same digests
+    assert_same_to_rounding(out, one_process)
+
+    # And one process goes on, in the steps of two.
+    forget_last_step(out / "baselines" / "end_to_end_only")
+    train(plain_recipe(16), out, Reporter(quiet=True), stage="baselines")
     assert_same_to_rounding(out, one_process)
 
 
@@ -192,7 +207,7 @@ def test_three_processes_stopped_through_one_of_them_go_on_to_the_same_end(tmp_p
     assert_same_to_rounding(tmp_path / "run", tmp_path / "reference")
 
 
-def test_a_killed_process_ends_the_others_and_another_number_cannot_go_on(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     recipe = plain_recipe(batch_size=16, meta={"epochs": 5000, "lr": 1e-3})
     processes = start(2, recipe, tmp_path, "--stage", "meta")
     wait_until((tmp_path / "run" / "meta" / "last").is_file, processes)
@@ -200,8 +215,6 @@ def test_a_killed_process_ends_the_others_and_another_number_cannot_go_on(tmp_pa
     (code, errors), _ = ends(processes)
     assert code == 1 and "Traceback" not in errors
     assert "Error: process 0 of 2 lost another one" in errors
-    with pytest.raises(CheckpointError, match=r"begun by 2 process\(es\), but this job has 1"):
-        train(recipe, tmp_path / "run", Reporter(quiet=True), stage="meta")
 
 
 def test_an_error_of_the_main_process_reaches_the_others(tmp_path: Path) -> None:
@@ -228,6 +241,31 @@ def test_processes_share_out_a_step_as_one_process_would_see_it(size: int) -> No
     for number, (images, labels) in enumerate(whole):
         assert torch.equal(images, torch.cat([part[number][0] for part in parts]))
         assert torch.equal(labels, torch.cat([part[number][1] for part in parts]))
+
+
+@pytest.mark.parametrize(("size", "batch", "accumulate"), [(1, 4, 3), (2, 3, 2), (3, 4, 1)])
+def test_any_number_of_processes_goes_on_in_the_steps_that_others_began(
+    size: int, batch: int, accumulate: int
+) -> None:
+    whole = list(batches_of(0, 1, batch_size=12).train_batches(1, first_step=1))
+    jobs = [batches_of(rank, size, batch_size=4).in_steps_of(12) for rank in range(size)]
+    assert {(job.batch_size, job.accumulate) for job in jobs} == {(batch, accumulate)}
+    assert jobs[0].steps_per_epoch == 4 and jobs[0].images_per_step == 12
+    parts = [list(job.train_batches(1, first_step=1)) for job in jobs]
+    for number, (images, labels) in enumerate(whole):
+        step = slice(number * accumulate, (number + 1) * accumulate)
+        mine = [batch for part in parts for batch in part[step]]
+        assert torch.equal(images, torch.cat([x for x, _ in mine]))
+        assert torch.equal(labels, torch.cat([y for _, y in mine]))
+
+
+@pytest.mark.parametrize(
+    ("images", "augment"), [(10, {}), (9, {"mixup": 0.2})], ids=["uneven", "odd, mixed in pairs"]
+)
+def test_steps_that_processes_cannot_share_are_named(images: int, augment: dict[str, Any]) -> None:
+    data = batches_of(0, 3, batch_size=4, augment=augment)
+    with pytest.raises(CheckpointError, match=f"steps of {images} images, which 3 processes"):
+        data.in_steps_of(images)
 
 
 def test_processes_evaluate_every_image_once_in_equally_many_batches() -> None:
