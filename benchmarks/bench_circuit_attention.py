@@ -35,12 +35,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Clock, choose_clock, copy_bandwidth, machine, measure
+from timing import (
+    Clock,
+    choose_clock,
+    copy_bandwidth,
+    machine,
+    measure,
+    reset_resident_peak,
+    resident_peak,
+)
 from torch import Tensor
 
 from m2mkd import ops
@@ -277,16 +284,9 @@ def memory_of(size: int, heads: int, device: str) -> float:
         before = torch.cuda.memory_allocated()
         run_both(lambda c: attend(c, "sparse"), case)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident_peak()
+    before = reset_resident_peak()
     run_both(lambda c: attend(c, "sparse"), case)
     return resident_peak() - before
-
-
-def resident_peak() -> float:
-    """The most memory this process has held, MiB (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def sweep_memory(options: argparse.Namespace, clock: Clock) -> dict[str, Any]:

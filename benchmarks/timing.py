@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,18 @@ def measure(
             "ratio_high": high,
         }
     return results
+
+
+def reset_resident_peak() -> float:
+    """Forgets this process's peak so far; returns what it holds now, MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_peak()
+
+
+def resident_peak() -> float:
+    """The most memory this process has held, MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def copy_bandwidth(device: str, clock: Clock) -> float:

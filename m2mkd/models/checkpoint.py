@@ -60,13 +60,19 @@ class ModelCard:
     versions: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> VisionTransformer | NAC:
-        """Creates the network with fresh weights."""
+        """Creates the network, for weights to be loaded.
+
+        Its own are fresh, and a NAC's signatures describe no graph: fitting them to its prior
+        takes seconds, and what is loaded overwrites them.
+        """
+        without_prior = {"prior": "none"} if self.model.startswith("nac") else {}
         return create_network(
             self.model,
             self.model_args,
             num_classes=self.num_classes,
             image_size=self.image_size,
             channels=self.channels,
+            **without_prior,
         )
 
 

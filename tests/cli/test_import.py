@@ -18,6 +18,7 @@ from m2mkd.models import official
 from m2mkd.models.checkpoint import load_model, read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from golden_files import Golden
 from literal_nac import Literal
 

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models import NAC, official
 from m2mkd.models.official_nac import nac_arguments
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from golden_files import Golden
-from literal_nac import Literal
+from literal_nac import PUBLISHED, Literal, published_config
 
 VALUES = 1e-5  # two float32 computations of the same sums in another order
 
@@ -96,6 +98,21 @@ def test_the_literal_nac_gives_the_published_logits() -> None:
     torch.testing.assert_close(logits, golden["out/logits"], atol=VALUES, rtol=0)
 
 
+def test_the_literal_nac_trains_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every uniform draw one half: no noise, every path kept."""
+    golden = Golden("nac_scale")
+    state = {n: torch.from_numpy(v) for n, v in golden.group("state").items() if n[0] != "_"}
+    literal = Literal(golden.config, state)
+    literal.training = True
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.5))
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 0.5))
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda self, p: self.fill_(1.0))
+    monkeypatch.setattr(F, "gumbel_softmax", lambda x, dim: x.softmax(dim))
+    logits = literal.logits(golden["in/x"])
+    torch.testing.assert_close(logits, golden["train_half/logits"], atol=VALUES, rtol=0)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_gives_the_literal_logits_and_gradients(name: str, images: torch.Tensor) -> None:
     literal = Literal(make_config(OPTIONS[name]))
@@ -116,7 +133,9 @@ def test_an_option_gives_the_literal_logits_and_gradients(name: str, images: tor
         ours = parameters[nac.loaded_tensors[key]].grad
         theirs = value.grad if value.grad is not None else torch.zeros_like(value)
         ours = torch.zeros_like(value) if ours is None else ours
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=key)
+        # Rounding is that of the largest terms; drawn weights have gradients of up to 30.
+        tolerance = 1e-4 * max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, msg=key)
 
 
 STUDENT = {
@@ -190,10 +209,6 @@ def test_other_sizes_give_the_literal_logits(name: str) -> None:
     torch.testing.assert_close(nac(images), expected, atol=VALUES, rtol=1e-5)
 
 
-PUBLISHED = {
-    "nac_tiny_imagenet": (64, 8, 384, 2.0, 6, 64, 256, "tiny", 200),
-    "nac_imagenet": (64, 28, 512, 1.0, 8, 192, 768, None, 1000),
-}
 PRESETS = {
     "barabasi-albert": ({"n": 256, "m": 2}, "barabasi_albert", {"m": 2}),
     "erdos-renyi": ({"n": 256, "p": 0.1}, "erdos_renyi", {"p": 0.1}),
@@ -212,30 +227,11 @@ PRESETS = {
 
 def published_file(name: str, preset: str) -> dict[str, Any]:
     """The published experiment's file of a model, as far as it describes the network."""
-    grid_dim, side, width, ratio, heads, inputs, mediators, tokenizer, classes = PUBLISHED[name]
-    config = make_config(
-        {
-            "code_dim": width,
-            "signature_dim": 64,
-            "ffn_capacity_factor": ratio,
-            "num_heads": heads,
-            "head_dim": 64,
-            "num_input_latents": inputs,
-            "num_mediator_latents": mediators,
-            "num_output_latents": 64,
-            "num_iterations": 8,
-            "mediator_latent_kwargs": {
-                "graph_preset": preset,
-                "graph_generator_kwargs": PRESETS[preset][0],
-            },
-        }
-    )
-    config["latent_graph_kwargs"]["read_in_kwargs"]["num_heads"] = heads
-    config |= {"state_dim": width, "output_dim": classes}
-    positions = {"dim": grid_dim, "grid_size": [side, side]}
-    config["input_tokenizer_kwargs"] = {"num_stages": 2, "positional_grid_kwargs": positions}
-    if tokenizer is not None:
-        config["input_tokenizer_kwargs"]["capacity_preset"] = tokenizer
+    config = published_config(name)
+    config["latent_graph_kwargs"]["mediator_latent_kwargs"] = {
+        "graph_preset": preset,
+        "graph_generator_kwargs": PRESETS[preset][0],
+    }
     return {"model": {"name": "NeuralCompiler", "kwargs": config}, "training": {"num_epochs": 400}}
 
 

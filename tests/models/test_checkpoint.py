@@ -2,14 +2,23 @@
 
 import errno
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from m2mkd.errors import CheckpointError
 from m2mkd.models import checkpoint as checkpoints
-from m2mkd.models.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from m2mkd.models.checkpoint import (
+    ModelCard,
+    load_model,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from m2mkd.nn import graphs
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2)}
 
@@ -96,3 +105,19 @@ def test_pickled_code_in_a_state_file_is_refused(tmp_path: Path) -> None:
     torch.save({"optimizer": Evil()}, folder / "state.pt")
     with pytest.raises(CheckpointError, match="cannot read training state"):
         checkpoints.Checkpoint(folder, {}, {}).state()
+
+
+def test_loading_a_nac_fits_no_signatures_to_its_prior(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nac = timm.create_model("nac_digits").eval()
+    card = ModelCard("nac_digits", {}, [1] * 4, 10, 8, 1, [str(i) for i in range(10)], {})
+    write_checkpoint(tmp_path, 1, nac.state_dict(), meta={"card": asdict(card)})
+
+    def refuse(*args: object, **options: object) -> torch.Tensor:
+        raise AssertionError("signatures were fitted, to be overwritten")
+
+    monkeypatch.setattr(graphs, "prior_signatures", refuse)
+    loaded, _ = load_model(tmp_path)
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(loaded(images), nac(images), atol=0, rtol=0)

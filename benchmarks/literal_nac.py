@@ -1,5 +1,8 @@
-"""A slow NAC in the published layout, written out step by step: the measure of options that no
-golden file has. It knows nothing of our classes; `test_nac_options.py` holds it to a golden file.
+"""A slow NAC in the published layout, written out step by step: the peer of `bench_nac.py`, and in
+the tests the measure of options that no golden file has.
+
+It knows nothing of our classes; `tests/golden/test_nac_options.py` holds it to a golden file.
+Letters of the products: b example, u receiver, v sender, h head, k head width.
 """
 
 import math
@@ -11,7 +14,85 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 GRAPH = "latent_graphs.0"
-DEPTHS = {"pico": (1, 1, 0), "micro": (3, 3, 3), "femto": (1, 0, 0)}
+DEPTHS = {"pico": (1, 1, 0), "micro": (3, 3, 3), "femto": (1, 0, 0), "tiny": (3, 3, 9)}
+
+# By name: classes, tokenizer, width of the grid, its side, state width, FFN ratio, heads, input
+# latents, mediators, neighbours that a new node of the scale-free prior chooses.
+PUBLISHED = {
+    "nac_tiny_imagenet": (200, "tiny", 64, 8, 384, 2.0, 6, 64, 256, 2),
+    "nac_imagenet": (1000, None, 64, 28, 512, 1.0, 8, 192, 768, 6),
+}
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """`model.kwargs` of the published file of a model with the scale-free prior."""
+    classes, tokenizer, grid, side, width, ratio, heads, inputs, mediators, m = PUBLISHED[name]
+    kernel = {
+        "truncation": 0.9,
+        "stochastic_kernel": True,
+        "stochastic_sampling_temperature": 0.5,
+    }
+    attention = {"kernel_type": "DotProductKernel", "share_layernorm": True}
+    residual = "include_residual_in_latent_attention"
+    graph = {
+        "num_input_latents": inputs,
+        "num_mediator_latents": mediators,
+        "num_output_latents": 64,
+        "num_iterations": 8,
+        "signature_dim": 64,
+        "code_dim": width,
+        "num_heads": heads,
+        "head_dim": 64,
+        "ffn_capacity_factor": ratio,
+        "use_geglu": True,
+        "qkv_bias_in_attention": False,
+        "share_propagator_weights": False,
+        "layer_scale_initial_value": 0.1,
+        "path_drop_prob": 0.1,
+        "code_noise_scale": 0.05,
+        "use_code_noise_in_latent_seeder": True,
+        "mod_fc_kwargs": {
+            "scale_gain": 0.1,
+            "learnable_scale_gain": True,
+            "add_one_to_scale": True,
+        },
+        "input_latent_kwargs": None,
+        "output_latent_kwargs": None,
+        "mediator_latent_kwargs": {
+            "graph_preset": "barabasi-albert",
+            "graph_generator_kwargs": {"n": mediators, "m": m},
+        },
+        "propagator_kwargs": {"latent_attention_kwargs": {**attention, "kernel_kwargs": kernel}},
+        "read_in_kwargs": {
+            "include_residual_in_read_in_attention": True,
+            "num_heads": heads,
+            "path_drop_prob": 0.0,
+        },
+        "read_out_kwargs": {
+            residual: False,
+            "path_drop_prob": 0.0,
+            "pre_output_layernorm": False,
+            "use_head": False,
+        },
+    }
+    preset = {} if tokenizer is None else {"capacity_preset": tokenizer}
+    positions = {"dim": grid, "grid_size": [side, side]}
+    return {
+        "input_dim": 3,
+        "input_tokenizer_type": "ConvNeXtImageTokenizer",
+        "input_tokenizer_kwargs": {
+            **preset,
+            "num_stages": 2,
+            "positional_grid_kwargs": positions,
+        },
+        "latent_graph_type": "LatentGraph",
+        "latent_graph_kwargs": graph,
+        "output_tokenizer_type": "OutputLatentPooling",
+        "output_tokenizer_kwargs": {"softmax_type": "gumbel"},
+        "output_dim": classes,
+        "simplified_interface": True,
+        "state_dim": width,
+    }
 
 
 class Literal:
@@ -27,6 +108,9 @@ class Literal:
         self.graph = config.get("latent_graph_kwargs", config)  # students have one level
         self.state: State = {} if state is None else state
         self.draws = state is None
+        self.training = (
+            False  # published noise on codes, first states, links, paths and confidences
+        )
         self.generator = torch.Generator().manual_seed(0)
 
     def get(self, name: str, *shape: int) -> Tensor:
@@ -86,7 +170,7 @@ class Literal:
         """The first stages of a ConvNeXt, and the grid."""
         options = self.config["input_tokenizer_kwargs"]
         root, width = "input_tokenizer.backbone", self.config["state_dim"]
-        depths = DEPTHS[options["capacity_preset"]][: options.get("num_stages", 3)]
+        depths = DEPTHS[options.get("capacity_preset", "tiny")][: options.get("num_stages", 3)]
         x = images
         for i, (depth, dim) in enumerate(
             zip(depths, (width // 4, width // 2, width), strict=False)
@@ -114,20 +198,37 @@ class Literal:
         """[B, U, HK] from q [B, U, HK] and k, v [B, U or 1, V, HK]."""
         heads, width = self.graph["num_heads"], self.graph["head_dim"]
         q, k, v = (x.unflatten(-1, (heads, width)) for x in (q, k, v))
-        scores = (q[:, :, None] * k).sum(-1) / math.sqrt(width) + log_affinity[..., None]
-        return (scores.softmax(2)[..., None] * v).sum(2).flatten(2)
+        pairs = "bvhk" if k.shape[1] == 1 else "buvhk"
+        k, v = (x[:, 0] if k.shape[1] == 1 else x for x in (k, v))
+        scores = torch.einsum(f"buhk,{pairs}->bhuv", q, k) / math.sqrt(width)
+        weights = (scores + log_affinity[..., None, :, :]).softmax(-1)
+        return torch.einsum(f"bhuv,{pairs}->buhk", weights, v).flatten(2)
 
-    def ffn(self, x: Tensor, codes: Tensor, name: str) -> Tensor:
+    def noisy(self, codes: Tensor) -> Tensor:
+        """Codes as a block hears them in training; the noise is a constant to autograd."""
+        if not self.training:
+            return codes
+        noise = (2 * torch.rand_like(codes) - 1) * self.graph.get("code_noise_scale", 0.0)
+        return codes + codes.detach() * noise
+
+    def dropped(self, y: Tensor, kwargs: dict) -> Tensor:
+        """Messages after stochastic depth."""
+        rate = kwargs.get("path_drop_prob", self.graph.get("path_drop_prob", 0.0))
+        if not self.training or rate == 0.0:
+            return y
+        return y * torch.empty(len(y), 1, 1).bernoulli_(1 - rate) / (1 - rate)
+
+    def ffn(self, x: Tensor, codes: Tensor, name: str, kwargs: dict) -> Tensor:
         hidden = round(self.graph.get("ffn_capacity_factor", 1.0) * x.shape[-1])
         is_gated = self.graph.get("use_geglu", False)
         y = self.layer_norm(x, f"{name}.layernorm")
         y = self.mod_fc(y, codes, f"{name}.ffn.0", hidden * (1 + is_gated))
         y = y[..., :hidden] * F.gelu(y[..., hidden:]) if is_gated else F.gelu(y)
         y = self.mod_fc(y, codes, f"{name}.ffn.2", x.shape[-1])
-        return x + y * self.get(f"{name}.layer_scale.gamma", x.shape[-1])
+        return x + self.dropped(y * self.get(f"{name}.layer_scale.gamma", x.shape[-1]), kwargs)
 
     def read_in(self, states: Tensor, codes: Tensor, tokens: Tensor) -> Tensor:
-        name = f"{GRAPH}.read_in.read_in_attention"
+        name, codes = f"{GRAPH}.read_in.read_in_attention", self.noisy(codes)
         inner = self.graph["num_heads"] * self.graph["head_dim"]
         bias = self.graph.get("qkv_bias_in_attention", True)
         x = self.layer_norm(tokens, f"{name}.sender_layernorm")
@@ -144,7 +245,7 @@ class Literal:
         options = self.graph.get("read_in_kwargs") or {}
         if options.get("include_residual_in_read_in_attention", False):
             y = states + y
-        return self.ffn(y, codes, f"{GRAPH}.read_in.ffn")
+        return self.ffn(y, codes, f"{GRAPH}.read_in.ffn", options)
 
     def propagate(
         self,
@@ -158,6 +259,7 @@ class Literal:
         s_sig: Tensor,
     ) -> Tensor:
         attention = f"{name}.latent_attention"
+        r_codes, s_codes = self.noisy(r_codes), self.noisy(s_codes)
         options = kwargs.get("latent_attention_kwargs") or {}
         inner = self.graph["num_heads"] * self.graph["head_dim"]
         bias = self.graph.get("qkv_bias_in_attention", True)
@@ -168,21 +270,33 @@ class Literal:
         q = self.mod_fc(r, r_codes, f"{attention}.query_compiler", inner, bias)
         k = self.mod_fc(s, s_codes, f"{attention}.key_compiler", inner, bias)
         v = self.mod_fc(s, s_codes, f"{attention}.value_compiler", inner, bias)
-        log = self.log_affinity(attention, options, r_sig, s_sig) if r_sig is not None else None
-        y = self.attend(q, k[:, None], v[:, None], torch.zeros(1, 1) if log is None else log)
+        if r_sig is None:
+            log = torch.zeros(1, 1)
+        else:
+            log = self.log_affinity(attention, options, r_sig, s_sig, len(receivers))
+        y = self.attend(q, k[:, None], v[:, None], log)
         y = self.mod_fc(y, r_codes, f"{attention}.exit_layer", receivers.shape[-1])
         y = y * self.get(f"{attention}.layer_scale.gamma", receivers.shape[-1])
         if kwargs.get("include_residual_in_latent_attention", True):
-            y = receivers + y
-        return self.ffn(y, r_codes, f"{name}.ffn")
+            y = receivers + self.dropped(y, kwargs)
+        return self.ffn(y, r_codes, f"{name}.ffn", kwargs)
 
-    def log_affinity(self, attention: str, options: dict, r_sig: Tensor, s_sig: Tensor) -> Tensor:
+    def log_affinity(
+        self, attention: str, options: dict, r_sig: Tensor, s_sig: Tensor, batch: int
+    ) -> Tensor:
+        """[U, V], or [B, U, V] where links are drawn."""
+        kernel = options.get("kernel_kwargs") or {}
         distance = 1 - F.normalize(r_sig, dim=1) @ F.normalize(s_sig, dim=1).T
         log = -distance / self.get(f"{attention}.kernel.bandwidth")
-        truncation = (options.get("kernel_kwargs") or {}).get("truncation")
+        truncation = kernel.get("truncation")
         if truncation is not None:
             log = log.masked_fill(distance > truncation, -torch.inf)
-        return log - log.logsumexp(1, keepdim=True)
+        if self.training and kernel.get("stochastic_kernel", False):
+            temperature = kernel["stochastic_sampling_temperature"]
+            eps = torch.finfo(log.dtype).eps
+            noise = torch.rand(batch, *log.shape).logit(eps)
+            log = F.logsigmoid((log.exp().logit(eps) + noise) / temperature)
+        return log - log.logsumexp(-1, keepdim=True)
 
     def mediator(self, tokens: Tensor, codes: Tensor) -> Tensor:
         """A student of a propagator, with a stitch on both sides."""
@@ -197,8 +311,8 @@ class Literal:
         x = self.layer_norm(x, "head.0.module")
         return self.mod_fc(x, codes, "head.1", self.config["output_dim"])[:, 0]
 
-    def latents(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Signatures, codes and first states."""
+    def latents(self, kind: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Signatures, codes and first states [B, U, D]."""
         name, width = f"{GRAPH}.{kind}_latents", self.config["state_dim"]
         count, code_dim = self.graph[f"num_{kind}_latents"], self.graph["code_dim"]
         signatures = self.get(f"{name}.signatures_", count, self.graph["signature_dim"])
@@ -209,11 +323,16 @@ class Literal:
         shape = (layers, count, code_dim) if has_layers else (count, code_dim)
         codes = self.get(f"{name}.codes_", *shape)
         if not self.graph.get("use_latent_seeder", True):
-            return signatures, codes, self.get(f"{name}.initial_states_", count, width)
+            states = self.get(f"{name}.initial_states_", count, width)
+            return signatures, codes, states.expand(batch, -1, -1)
         seeder = f"{GRAPH}.latent_seeder"
-        normed = self.layer_norm(codes[0] if has_layers else codes, f"{seeder}.layernorm")
-        self.linear(normed, f"{seeder}.code_to_state_logvar", width)
-        return signatures, codes, self.linear(normed, f"{seeder}.code_to_state_mu", width)
+        first = self.noisy(codes[0] if has_layers else codes)
+        normed = self.layer_norm(first, f"{seeder}.layernorm")
+        log_variance = self.linear(normed, f"{seeder}.code_to_state_logvar", width)
+        states = self.linear(normed, f"{seeder}.code_to_state_mu", width).expand(batch, -1, -1)
+        if self.training:
+            states = states + (0.5 * log_variance).exp() * torch.randn_like(states)
+        return signatures, codes, states
 
     def stitch(self, states: Tensor, pair: int) -> Tensor:
         width = self.config.get("stitch_dim")
@@ -225,9 +344,8 @@ class Literal:
 
     def logits(self, images: Tensor) -> Tensor:
         (i_sig, i_codes, i), (m_sig, m_codes, m), (o_sig, o_codes, o) = (
-            self.latents(kind) for kind in ("input", "mediator", "output")
+            self.latents(kind, len(images)) for kind in ("input", "mediator", "output")
         )
-        i, m, o = (states.expand(len(images), -1, -1) for states in (i, m, o))
         i = self.stitch(self.read_in(i, i_codes, self.tokens(images)), 0)
         layers = self.graph["num_iterations"]
         codes = list(m_codes) if m_codes.dim() == 3 else [m_codes] * layers
@@ -252,7 +370,8 @@ class Literal:
             o = self.mod_fc(o, o_codes, f"{GRAPH}.read_out.head.1", classes)
         if self.config.get("output_tokenizer_type", "FirstSlotAsLogits") == "FirstSlotAsLogits":
             return o[:, 0]
-        weights = self.linear(o, "output_tokenizer.confidence_scorer", 1).softmax(1)
+        scores = self.linear(o, "output_tokenizer.confidence_scorer", 1)
+        weights = F.gumbel_softmax(scores, dim=1) if self.training else scores.softmax(1)
         return self.linear((weights * o).sum(1), "output_tokenizer.to_logits", classes)
 
     @staticmethod
