@@ -133,8 +133,14 @@ def _table(summary: dict[str, Any], out: Path) -> str:
             continue
         gain = f"   m2mKD {summary['gain'][key]:+.2f}" if key in summary["gain"] else ""
         lines.append(f"  {text:<32} {accuracy[key]:6.2f} %{gain}")
-    for key, text in (("teacher_hybrids", "teacher"), ("student_hybrids", "student")):
-        values = " ".join(f"{value:.1f}" for value in accuracy[key])
-        lines.append(f"  {f'meta with one {text} module':<32} {values}")
+    hybrids = {
+        "hybrids_unaligned": "the same before alignment",
+        "teacher_hybrids": "meta with one teacher module",
+        "student_hybrids": "meta with one student module",
+    }
+    for key, text in hybrids.items():
+        if key in accuracy:
+            values = " ".join(f"{value:.1f}" for value in accuracy[key])
+            lines.append(f"  {text:<32} {values}")
     lines.append(f"results: {out}/summary.json, report: {out}/report.html")
     return "\n".join(lines)

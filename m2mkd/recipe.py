@@ -181,6 +181,11 @@ class TeacherConfig(_Section):
     checkpoint: Path | None = Field(None, description="weights from a .safetensors or .pth file")
     incubate: Schedule | None = Field(None, description="train each module inside the meta model")
     finetune: Schedule | None = Field(None, description="train the assembled teacher end to end")
+    align: bool | None = Field(
+        None,
+        description="teach the meta model what the teacher's modules do, on meta's schedule, "
+        "before it hosts the pairs; default: for a given teacher",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TeacherConfig":
@@ -198,6 +203,11 @@ class TeacherConfig(_Section):
     def is_given(self) -> bool:
         """Whether the teacher starts from existing weights."""
         return self.pretrained or self.checkpoint is not None
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the meta model learns from the teacher's modules."""
+        return self.is_given if self.align is None else self.align
 
 
 class StudentConfig(_Section):

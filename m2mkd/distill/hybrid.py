@@ -44,6 +44,20 @@ def run_hybrid(meta: Sequence[nn.Module], index: int, module: nn.Module, images:
     return x
 
 
+class Hybrid(nn.Module):
+    """The meta model with a module in the place of meta module i, as one network."""
+
+    def __init__(self, meta: Sequence[nn.Module], index: int, module: nn.Module) -> None:
+        super().__init__()
+        self.meta = nn.ModuleList(meta)
+        self.index = index
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of images [B, channels, H, W]."""
+        return run_hybrid(list(self.meta), self.index, self.module, images)
+
+
 def run_pairs(
     meta: Sequence[nn.Module],
     students: Mapping[int, nn.Module],

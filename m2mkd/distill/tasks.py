@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2mkd.distill.hybrid import freeze, pair_name, run_pairs
-from m2mkd.distill.losses import PairLossSettings, boundary_loss, distillation_loss
+from m2mkd.distill.losses import PairLossSettings, boundary_loss, distillation_loss, kd_loss
 from m2mkd.nn import auxiliary_loss
 
 
@@ -113,6 +113,49 @@ class PairsTask(TrainingTask):
         super().train(mode)
         self.meta.eval()
         self.teachers.eval()
+        return self
+
+
+class AlignTask(TrainingTask):
+    """Teaches every meta module what the teacher's module in its place does to its tokens.
+
+    A meta model that learned from labels does not know the features of a teacher that was trained
+    elsewhere: hybrids of the two predict little better than chance. Ours, not the paper's, whose
+    teacher is incubated in the meta model.
+
+    Args:
+        meta: The L meta modules; their keys in `trainable_module` are `pair-00`, ...
+        teacher: The L teacher modules, frozen.
+
+    The result holds each module's loss as `pair-00/loss`: `boundary_loss` against the teacher's
+    tokens, for the last module the KL from the teacher's predictions. `loss` is their sum. Modules
+    share neither parameters nor inputs, so each trains as if alone.
+    """
+
+    def __init__(self, meta: Sequence[nn.Module], teacher: Sequence[nn.Module]) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module = nn.ModuleDict({pair_name(i): m for i, m in enumerate(meta)})
+        self.teacher = freeze(nn.ModuleList(teacher))
+
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Losses of images [B, channels, H, W]; the targets are not looked at."""
+        del targets
+        result: dict[str, Tensor] = {}
+        tokens, losses = images, []
+        for i, stage in enumerate(self.teacher):
+            output = self.trainable_module[pair_name(i)](tokens)
+            with torch.no_grad():
+                tokens = stage(tokens)
+            is_last = i == len(self.teacher) - 1
+            losses.append(kd_loss(output, tokens) if is_last else boundary_loss(output, tokens))
+            result[f"{pair_name(i)}/loss"] = losses[-1]
+        result["loss"] = torch.stack(losses).sum()
+        return result
+
+    def train(self, mode: bool = True) -> "AlignTask":
+        """Keeps the teacher in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
         return self
 
 

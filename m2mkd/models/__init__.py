@@ -7,6 +7,7 @@ from m2mkd.models.build import (
     create_vit,
     load_pretrained_vit,
     resolve_depths,
+    start_as_teacher,
 )
 from m2mkd.models.nac import NAC
 from m2mkd.models.nac_stages import split_nac
@@ -28,6 +29,7 @@ __all__ = [
     "resolve_depths",
     "split_nac",
     "split_vit",
+    "start_as_teacher",
     "upcycle",
     "upcycle_from",
 ]

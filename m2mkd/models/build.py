@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import adapt_input_conv, load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
 from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers students)
 from m2mkd.models.nac import NAC
-from m2mkd.models.stages import balanced_depths, check_depths
+from m2mkd.models.stages import balanced_depths, check_depths, split_vit
 
 DEFAULT_MODULES = 4
 _FAMILIES = "timm's VisionTransformer family (vit_*, deit_*, deit3_*, vmoe_*)"
@@ -242,6 +243,23 @@ def create_meta(
         drop_path=drop_path,
         depth=num_modules,
     )
+
+
+@torch.no_grad()
+def start_as_teacher(
+    meta: VisionTransformer, teacher: VisionTransformer, depths: Sequence[int]
+) -> None:
+    """Gives the meta model the teacher's input and output parts, and each module's first block.
+
+    Args:
+        meta: The teacher's architecture with one block per module; it is changed.
+        teacher: The teacher.
+        depths: Its blocks per module.
+    """
+    stages = zip(split_vit(meta, [1] * len(depths)), split_vit(teacher, depths), strict=True)
+    for own, theirs in stages:
+        weights = theirs.state_dict()
+        own.load_state_dict({name: weights[name] for name in own.state_dict()})
 
 
 def resolve_depths(

@@ -109,7 +109,7 @@ def launch(
         write_text(recipe, text)
     jobs: dict[str, str] = {}
     for stage, after in _AFTER.items():
-        if stage == "baselines" and not run.recipe.baselines:
+        if stage != "evaluate" and all(unit.stage != stage for unit in run.plan.values()):
             continue
         earlier = [jobs[name] for name in after if name in jobs]
         options = _options(run, resources, stage, earlier)

@@ -71,16 +71,22 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
     meta = digest(base, "meta", _dump(recipe.meta), teacher.model, teacher.model_args, count)
     weights = teacher.pretrained, facts.teacher_weights
     schedules = _dump(
-        teacher, exclude={"model", "model_args", "depths", "pretrained", "checkpoint"}
+        teacher, exclude={"model", "model_args", "depths", "pretrained", "checkpoint", "align"}
     )
-    taught = digest(meta, "teacher", fresh_teacher, weights, schedules)
+    # Alignment takes the place of labels, unless modules are incubated in the meta model first.
+    learns_labels = not teacher.is_aligned or teacher.incubate is not None
+    taught = digest(meta if learns_labels else base, "teacher", fresh_teacher, weights, schedules)
+    aligned = digest(taught, "alignment", _dump(recipe.meta))
     pairs = digest(
-        taught, student, facts.student_depths, _dump(distill, exclude={"mode", "assembly"})
+        aligned if teacher.is_aligned else taught,
+        student,
+        facts.student_depths,
+        _dump(distill, exclude={"mode", "assembly"}),
     )
     final = digest(pairs, distill.assembly, _dump(recipe.end_to_end))
     alone = digest(base, student, _dump(recipe.end_to_end))
 
-    stages = [StagePlan("meta", "meta", meta, recipe.meta, "meta")]
+    stages = [StagePlan("meta", "meta", meta, recipe.meta, "meta")] if learns_labels else []
     if teacher.incubate is not None:
         stages.append(
             StagePlan(
@@ -102,8 +108,10 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
             recipe.end_to_end,
         ),
     }
+    stages.append(StagePlan("teacher", "teacher", taught, teacher.finetune, "teacher.finetune"))
+    if teacher.is_aligned:
+        stages.append(StagePlan("teacher", "alignment", aligned, recipe.meta, "meta"))
     stages += [
-        StagePlan("teacher", "teacher", taught, teacher.finetune, "teacher.finetune"),
         StagePlan("distill", "distill", pairs, distill.schedule, "distill.schedule"),
         StagePlan("end_to_end", "end_to_end", final, recipe.end_to_end, "end_to_end"),
     ]

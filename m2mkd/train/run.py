@@ -37,6 +37,7 @@ from m2mkd.models.checkpoint import (
 )
 from m2mkd.nn.circuit_statistics import circuit_statistics
 from m2mkd.recipe import Recipe
+from m2mkd.train import alignment
 from m2mkd.train.claim import Claim, check_free
 from m2mkd.train.data import ImageData
 from m2mkd.train.evaluate import Evaluation, evaluate_model, evaluate_together
@@ -188,6 +189,14 @@ class Run:
             self._supervise("meta", model, self.networks.card("meta"))
 
     def train_teacher(self) -> None:
+        """Makes the teacher; then, if it is so planned, the meta model learns from it."""
+        if self._needs("teacher"):
+            self._make_teacher()
+        if alignment.NAME in self.plan and self._needs(alignment.NAME):
+            with self._holding(self.out / alignment.NAME):
+                alignment.align(self)
+
+    def _make_teacher(self) -> None:
         """Incubates a fresh teacher, or takes the given one; then fine-tunes it."""
         if "incubation" in self.plan and self._needs("incubation"):
             with self._holding(self.out / "incubation"):
@@ -284,8 +293,9 @@ class Run:
         schedule = self.plan["incubation"].schedule
         teacher = self.networks.teacher(schedule.drop_path if schedule else 0.0)
         stages = split_vit(teacher, self.networks.teacher_depths)
-        task = PairsTask(self._meta_stages(), dict(enumerate(stages)), {})
-        self._fit("incubation", task, self.out / "incubation")
+        meta = split_vit(self.load("meta"), [1] * self.networks.num_modules)
+        task = PairsTask(list(meta), dict(enumerate(stages)), {})
+        self.fit("incubation", task, self.out / "incubation")
 
     def _fit_pairs(self, indices: list[int], folder: Path) -> None:
         student = self.networks.student_modules()
@@ -304,7 +314,7 @@ class Run:
             {i: teacher[i] for i in indices},
             settings,
         )
-        self._fit("distill", task, folder)
+        self.fit("distill", task, folder)
 
     def _split_joint(self, plan: StagePlan) -> None:
         """Gives every pair its own folder, as if it had been trained alone."""
@@ -323,7 +333,7 @@ class Run:
             write_text(folder / "DONE", json.dumps(done, indent=1))
 
     def _meta_stages(self) -> list[nn.Module]:
-        return list(split_vit(self.load("meta"), [1] * self.networks.num_modules))
+        return list(split_vit(alignment.hosting_meta(self), [1] * self.networks.num_modules))
 
     def _pair_weights(self) -> list[dict[str, Tensor]]:
         """Trained weights of every student module, under the module's own names."""
@@ -347,22 +357,22 @@ class Run:
         self._fit_network(name, SupervisedTask(model), model, card)
 
     def _fit_network(self, name: str, task: Any, model: nn.Module, card: ModelCard) -> None:
-        self._fit(
+        self.fit(
             name,
             task,
             self.out / name,
-            evaluate=lambda: self._grade(model),
+            evaluate=lambda: self.grade(model),
             meta={"card": asdict(card)},
         )
 
-    def _grade(self, model: nn.Module) -> dict[str, Any]:
+    def grade(self, model: nn.Module) -> dict[str, Any]:
         """What is known of a network after an epoch: its accuracy, and a NAC's circuit."""
-        numbers: dict[str, Any] = asdict(self._evaluate_together(model))
+        numbers: dict[str, Any] = asdict(self.evaluate_together(model))
         if isinstance(model, NAC):
             numbers["circuit"] = circuit_statistics(model.circuit(0))
         return numbers
 
-    def _fit(
+    def fit(
         self,
         name: str,
         task: Any,
@@ -371,6 +381,7 @@ class Run:
         evaluate: Callable[[], dict[str, Any]] | None = None,
         meta: dict[str, Any] | None = None,
     ) -> None:
+        """Trains a unit of the plan to its end; `meta` are facts for its checkpoints."""
         plan = self.plan[name]
         if plan.schedule is None:
             raise ConfigError(f"{name} has no schedule to train with")
@@ -427,7 +438,7 @@ class Run:
         with failures_named("evaluation", self.recipe, is_training=False):
             return evaluate_model(model, self.data.validation_batches(), self.device)
 
-    def _evaluate_together(self, model: nn.Module) -> Evaluation:
+    def evaluate_together(self, model: nn.Module) -> Evaluation:
         """Grades a network on the validation images, dealt out to all processes."""
         batches = self.data.own_validation_batches()
         with failures_named("evaluation", self.recipe, is_training=False):
@@ -453,7 +464,7 @@ class Run:
 
         if self.world.on_main(is_recorded):
             return
-        accuracy = asdict(self._evaluate_together(model.to(self.device)))
+        accuracy = asdict(self.evaluate_together(model.to(self.device)))
         facts = {"digest": digest, "accuracy": accuracy, **facts}
         self.world.on_main(lambda: write_text(path, json.dumps(facts, indent=1)))
         self.reporter.message(f"{name}: {accuracy['top1']:.2f} % top-1 before end-to-end training")
@@ -557,13 +568,13 @@ def _missing(run: Run, stage: str) -> str | None:
     """Which earlier stage is not complete, as an error message; None when all are."""
     needed = {
         "teacher": ["meta"],
-        "distill": ["meta", "teacher"],
+        "distill": ["meta", "teacher", alignment.NAME],
         "end_to_end": ["distill"],
         "baselines": ["teacher"] if "logit_kd" in run.recipe.baselines else [],
         "evaluate": list(run.plan),
     }
     for name in needed.get(stage, []):
-        if not run.is_done(name):
+        if name in run.plan and not run.is_done(name):
             return (
                 f"stage {stage} needs {name}, which is not complete in {run.out}; run it first, "
                 "wait for the job that does with --wait, or leave out --stage"

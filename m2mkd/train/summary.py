@@ -3,14 +3,12 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from m2mkd.distill import run_hybrid
 from m2mkd.models import NAC, split_vit
 from m2mkd.models.checkpoint import read_json, write_failure, write_text
+from m2mkd.train.alignment import grade_hybrids, hosting_meta, hybrids_before
 from m2mkd.train.circuit_pictures import plot_circuit, plot_circuit_history
-from m2mkd.train.evaluate import evaluate_model
 from m2mkd.train.loop import read_metrics
 from m2mkd.train.report import corrupt_run, grade_run, write_report
 
@@ -25,16 +23,19 @@ def summarise(run: "Run") -> dict[str, Any]:
 
     Returns:
         What `summary.json` holds: top-1 accuracies in per cent (`hybrids` are the meta model with
-        one module of the teacher or the student in it), and the gains over the baselines.
+        one module of the teacher or the student in it; `meta` is the one that the pairs had), and
+        the gains over the baselines.
     """
     accuracy: dict[str, Any] = {
-        "meta": _top1(run, "meta"),
+        "meta": round(run.evaluate(hosting_meta(run)).top1, 3),
         "teacher": _top1(run, "teacher"),
         "teacher_hybrids": _hybrids(run, list(_teacher_modules(run))),
         "student_hybrids": _hybrids(run, run.pair_modules()),
         "assembled": read_json(run.out / "end_to_end" / "assembly.json")["accuracy"]["top1"],
         "m2mkd": _top1(run, "end_to_end"),
     }
+    if (before := hybrids_before(run)) is not None:
+        accuracy["hybrids_unaligned"] = before
     for name in run.recipe.baselines:
         accuracy[name] = _top1(run, f"baselines/{name}")
     schedule = run.recipe.distill.schedule
@@ -83,24 +84,8 @@ def _teacher_modules(run: "Run") -> nn.ModuleList:
 
 
 def _hybrids(run: "Run", modules: list[nn.Module]) -> list[float]:
-    meta = list(split_vit(run.load("meta"), [1] * run.networks.num_modules))
-    results = []
-    for i, module in enumerate(modules):
-        hybrid = _Hybrid(meta, i, module)
-        evaluation = evaluate_model(hybrid, run.data.validation_batches(), run.device)
-        results.append(round(evaluation.top1, 3))
-    return results
-
-
-class _Hybrid(nn.Module):
-    def __init__(self, meta: list[nn.Module], index: int, module: nn.Module) -> None:
-        super().__init__()
-        self.meta = nn.ModuleList(meta)
-        self.index = index
-        self.module = module
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return run_hybrid(list(self.meta), self.index, self.module, images)
+    meta = list(split_vit(hosting_meta(run), [1] * run.networks.num_modules))
+    return grade_hybrids(meta, modules, run.evaluate)
 
 
 def _seconds(run: "Run", name: str) -> float:

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import SCHEDULE, VALUES, metrics, tiny_recipe
+from tiny import SCHEDULE, VALUES, Killed, KillingReporter, metrics, tiny_recipe
 
 from m2mkd.errors import CheckpointError, ConfigError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
@@ -25,30 +25,6 @@ from m2mkd.models.checkpoint import load_model
 from m2mkd.train.progress import Reporter
 from m2mkd.train.run import Run, train
 from m2mkd.train.stopping import Interrupted
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing gets a chance to save."""
-
-
-class KillingReporter(Reporter):
-    """Kills the run in a given job after a given step."""
-
-    def __init__(self, job: str = "", step: int = 0) -> None:
-        super().__init__(quiet=True)
-        self.victim = (job, step)
-        self.job = ""
-        self.reported: list[tuple[str, int]] = []
-
-    def start(self, name: str, total: int, done: int = 0) -> None:
-        super().start(name, total, done)
-        self.job = name
-
-    def step(self, done: int, **numbers: float) -> None:
-        super().step(done, **numbers)
-        self.reported.append((self.job, done))
-        if (self.job, done) == self.victim:
-            raise Killed
 
 
 @pytest.fixture(scope="module")

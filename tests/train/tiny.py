@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from m2mkd.recipe import Recipe, validate
+from m2mkd.train.progress import Reporter
 
 SCHEDULE = {"epochs": 2, "lr": 1e-3, "warmup_epochs": 1, "clip_grad": 1.0}
 VALUES: dict[str, Any] = {
@@ -63,3 +64,27 @@ def metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
         str(path.parent.relative_to(run)): [json.loads(x) for x in path.read_text().splitlines()]
         for path in sorted(run.rglob("metrics.jsonl"))
     }
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing gets a chance to save."""
+
+
+class KillingReporter(Reporter):
+    """Kills the run in a given job after a given step."""
+
+    def __init__(self, job: str = "", step: int = 0) -> None:
+        super().__init__(quiet=True)
+        self.victim = (job, step)
+        self.job = ""
+        self.reported: list[tuple[str, int]] = []
+
+    def start(self, name: str, total: int, done: int = 0) -> None:
+        super().start(name, total, done)
+        self.job = name
+
+    def step(self, done: int, **numbers: float) -> None:
+        super().step(done, **numbers)
+        self.reported.append((self.job, done))
+        if (self.job, done) == self.victim:
+            raise Killed

@@ -28,6 +28,11 @@ NAMES = {
     "meta": "meta model",
     "assembled": "m2mKD, right after assembly",
 }
+HYBRIDS = {
+    "hybrids_unaligned": "teacher module, before the alignment",
+    "teacher_hybrids": "teacher module",
+    "student_hybrids": "student module",
+}
 _COLORS = {
     "m2mkd": SERIES[0],
     "end_to_end_only": SERIES[1],
@@ -190,7 +195,8 @@ def _results(summaries: list[dict[str, Any]]) -> dict[str, Any]:
                     for column in zip(*(a[key] for a in accuracies), strict=True)
                 ],
             )
-            for kind, key in (("teacher", "teacher_hybrids"), ("student", "student_hybrids"))
+            for key, kind in HYBRIDS.items()
+            if all(key in a for a in accuracies)
         ],
     }
 
@@ -204,8 +210,12 @@ def _curves(records: list[Record]) -> dict[str, Any]:
         if any(curve.steps for curve in _top1(by_name[name]))
     ]
     others = [
-        (NAMES[name], _COLORS[name], _top1(by_name[name]))
-        for name in ("meta", "teacher")
+        (title, color, _top1(by_name[name]))
+        for name, title, color in (
+            ("meta", NAMES["meta"], _COLORS["meta"]),
+            ("alignment", "meta model, learning from the teacher", SERIES[2]),
+            ("teacher", NAMES["teacher"], _COLORS["teacher"]),
+        )
         if name in by_name and any(curve.steps for curve in _top1(by_name[name]))
     ]
     pairs = [name for name in names if name.startswith("distill/pair")]
@@ -367,7 +377,9 @@ def _cost(record: Record) -> dict[str, Any]:
     if joint:
         done = record.joint_done
         together = Stage("distill, all pairs", Curve([], []), Curve([], []), joint[0].epochs, done)
-        index = sum(1 for row in rows if row["name"] in ("meta", "incubation", "teacher"))
+        index = sum(
+            1 for row in rows if row["name"] in ("meta", "incubation", "teacher", "alignment")
+        )
         rows.insert(index, _cost_row(together, record))
     longest = max((row["seconds"] for row in rows), default=0.0)
     for row in rows:

@@ -124,6 +124,7 @@ def _stages(path: Path, recipe: Recipe) -> dict[str, Stage]:
         "meta": recipe.meta.epochs,
         "incubation": recipe.teacher.incubate.epochs if recipe.teacher.incubate else 0,
         "teacher": recipe.teacher.finetune.epochs if recipe.teacher.finetune else 0,
+        "alignment": recipe.meta.epochs,
         **{f"distill/{f.name}": recipe.distill.schedule.epochs for f in _pair_folders(path)},
         "end_to_end": recipe.end_to_end.epochs,
         **{
