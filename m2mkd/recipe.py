@@ -178,7 +178,9 @@ class TeacherConfig(_Section):
     model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
     depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
     pretrained: bool = Field(False, description="weights from the hub")
-    checkpoint: Path | None = Field(None, description="weights from a .safetensors or .pth file")
+    checkpoint: Path | None = Field(
+        None, description="weights from a .safetensors or .pth file, or from RUN/teacher"
+    )
     incubate: Schedule | None = Field(None, description="train each module inside the meta model")
     finetune: Schedule | None = Field(None, description="train the assembled teacher end to end")
     align: bool | None = Field(

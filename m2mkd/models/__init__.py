@@ -11,7 +11,14 @@ from m2mkd.models.build import (
 )
 from m2mkd.models.nac import NAC
 from m2mkd.models.nac_stages import split_nac
-from m2mkd.models.stages import ViTStage, balanced_depths, check_depths, split_vit
+from m2mkd.models.stages import (
+    ViTStage,
+    balanced_depths,
+    check_depths,
+    count_flops,
+    cut_evenly,
+    split_vit,
+)
 from m2mkd.models.upcycle import upcycle, upcycle_from
 from m2mkd.models.vmoe import VMoE
 
@@ -21,9 +28,11 @@ __all__ = [
     "ViTStage",
     "balanced_depths",
     "check_depths",
+    "count_flops",
     "create_meta",
     "create_network",
     "create_vit",
+    "cut_evenly",
     "load_pretrained_vit",
     "official",
     "resolve_depths",

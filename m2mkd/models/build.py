@@ -17,7 +17,7 @@ from torch import Tensor
 from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
 from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers students)
 from m2mkd.models.nac import NAC
-from m2mkd.models.stages import balanced_depths, check_depths, split_vit
+from m2mkd.models.stages import balanced_depths, check_depths, cut_evenly, split_vit
 
 DEFAULT_MODULES = 4
 _FAMILIES = "timm's VisionTransformer family (vit_*, deit_*, deit3_*, vmoe_*)"
@@ -119,7 +119,8 @@ def load_pretrained_vit(
     }
     if checkpoint is not None:
         model = create_vit(name, model_args, **shape)
-        has_head = _load_file(model, checkpoint)
+        weights = read_weights(model, checkpoint, setting="teacher.checkpoint")
+        has_head = place_weights(model, weights, source=f"teacher.checkpoint {checkpoint}")
         _check_head(name, has_head or will_train, num_classes)
         return model
     published = timm.get_pretrained_cfg(name)
@@ -144,12 +145,6 @@ def _check_head(name: str, is_usable: bool, num_classes: int) -> None:
         )
 
 
-def _load_file(model: VisionTransformer, path: Path) -> bool:
-    """Loads a weights file and says whether its head fitted; all else has to fit."""
-    weights = read_weights(model, path, setting="teacher.checkpoint")
-    return place_weights(model, weights, source=f"teacher.checkpoint {path}")
-
-
 def read_weights(model: VisionTransformer, path: Path, *, setting: str) -> dict[str, Tensor]:
     """Reads a .safetensors or .pth file of a ViT and adapts it to a model's images, as timm does.
 
@@ -164,7 +159,9 @@ def read_weights(model: VisionTransformer, path: Path, *, setting: str) -> dict[
     if not path.is_file():
         raise CheckpointError(f"{setting} {path} does not exist")
     try:
-        weights: dict[str, Tensor] = checkpoint_filter_fn(load_state_dict(str(path)), model)
+        weights: dict[str, Tensor] = checkpoint_filter_fn(
+            load_state_dict(str(path), weights_only=True), model
+        )
         stem = "patch_embed.proj.weight"
         weights[stem] = adapt_input_conv(model.in_chans, weights[stem])
     except Exception as error:  # unpicklers and safetensors raise many unrelated types
@@ -263,15 +260,28 @@ def start_as_teacher(
 
 
 def resolve_depths(
-    depths: list[int] | str, num_blocks: int, *, what: str, num_modules: int | None = None
+    depths: list[int] | str,
+    num_blocks: int,
+    *,
+    what: str,
+    num_modules: int | None = None,
+    costs: Sequence[float] | None = None,
 ) -> list[int]:
     """Returns the blocks per module; `auto` cuts evenly into the given number (default 4).
+
+    Args:
+        depths: What the recipe says.
+        num_blocks: Blocks of the model.
+        what: Its recipe key.
+        num_modules: As many as the other network has.
+        costs: Of each block, for `auto` to balance; None counts blocks.
 
     Raises:
         ConfigError: Depths that do not fit the model, or not `num_modules` of them.
     """
     if isinstance(depths, str):
-        return balanced_depths(num_blocks, num_modules or min(DEFAULT_MODULES, num_blocks))
+        count = num_modules or min(DEFAULT_MODULES, num_blocks)
+        return balanced_depths(num_blocks, count) if costs is None else cut_evenly(costs, count)
     check_depths(depths, num_blocks, what=what)
     if num_modules is not None and len(depths) != num_modules:
         raise ConfigError(

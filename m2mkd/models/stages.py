@@ -9,6 +9,8 @@ import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from m2mkd.errors import ConfigError
 
@@ -120,3 +122,58 @@ def balanced_depths(num_blocks: int, num_modules: int) -> list[int]:
         raise ConfigError(f"{num_modules} modules need at least as many blocks, not {num_blocks}")
     share, rest = divmod(num_blocks, num_modules)
     return [share + (i < rest) for i in range(num_modules)]
+
+
+def count_flops(vit: VisionTransformer, image_size: int) -> list[int]:
+    """Floating-point operations of each block for one image, counted as PyTorch runs it.
+
+    The first block's include the patch embedding, the last one's pooling and head: they belong to
+    the same modules. No values are computed.
+
+    Args:
+        vit: The transformer.
+        image_size: Height and width, in pixels.
+    """
+    named = [*vit.named_parameters(), *vit.named_buffers()]
+    weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    image = torch.empty(1, vit.in_chans, image_size, image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(vit, weights, (image,))
+    root = type(vit).__name__
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    blocks = [counts.get(f"{root}.blocks.{i}", 0) for i in range(len(vit.blocks))]
+    stem = counts.get(f"{root}.patch_embed", 0)
+    rest = counts["Global"] - sum(blocks) - stem
+    blocks[0] += stem
+    blocks[-1] += rest
+    return blocks
+
+
+def cut_evenly(costs: Sequence[float], num_modules: int) -> list[int]:
+    """Cuts a row of blocks into modules whose costs differ least, by their sum of squares.
+
+    Args:
+        costs: Of each block.
+        num_modules: L.
+
+    Returns:
+        Blocks per module.
+
+    Raises:
+        ConfigError: More modules than blocks.
+    """
+    count = len(costs)
+    if num_modules > count:
+        raise ConfigError(f"{num_modules} modules need at least as many blocks, not {count}")
+    # best[end]: least sum of squares, and the depths, of the first blocks in the modules so far.
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for module in range(1, num_modules + 1):
+        best = {
+            end: min(
+                (squares + sum(costs[start:end]) ** 2, [*depths, end - start])
+                for start, (squares, depths) in best.items()
+                if start < end
+            )
+            for end in range(module, count - num_modules + module + 1)
+        }
+    return best[count][1]

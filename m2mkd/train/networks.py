@@ -3,6 +3,7 @@
 import platform
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +18,7 @@ from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models import (
     NAC,
     VMoE,
+    count_flops,
     create_meta,
     create_network,
     create_vit,
@@ -24,7 +26,7 @@ from m2mkd.models import (
     resolve_depths,
     upcycle_from,
 )
-from m2mkd.models.checkpoint import ModelCard
+from m2mkd.models.checkpoint import ModelCard, weights_file
 from m2mkd.nn import MoEMlp
 from m2mkd.recipe import Recipe, digest
 from m2mkd.train.data import ImageData
@@ -37,6 +39,7 @@ class Networks:
 
     Attributes:
         teacher_depths: Blocks per teacher module.
+        teacher_file: The file with the teacher's given weights, if there is one.
         teacher_dim: Width of teacher and meta model.
         parameters: Number of parameters of `teacher` and `student`.
 
@@ -46,10 +49,8 @@ class Networks:
     """
 
     def __init__(self, recipe: Recipe, data: ImageData) -> None:
-        file = recipe.teacher.checkpoint
-        if file is not None and not file.is_file():
-            raise CheckpointError(f"teacher.checkpoint {file} does not exist")
         self.recipe = recipe
+        self.teacher_file = _teacher_file(recipe.teacher.checkpoint)
         self._data = data
         self._shape: dict[str, Any] = {
             "num_classes": data.num_classes,
@@ -59,8 +60,13 @@ class Networks:
         teacher = self._fresh_teacher()
         student = self._create_student({})
         count = _number_of_modules(recipe, student)
+        is_auto = recipe.teacher.depths == "auto"
         self.teacher_depths = resolve_depths(
-            recipe.teacher.depths, len(teacher.blocks), what="teacher.depths", num_modules=count
+            recipe.teacher.depths,
+            len(teacher.blocks),
+            what="teacher.depths",
+            num_modules=count,
+            costs=count_flops(teacher, recipe.data.image_size) if is_auto else None,
         )
         self.teacher_dim = teacher.embed_dim
         self._student = make_student(
@@ -105,7 +111,7 @@ class Networks:
         model = load_pretrained_vit(
             teacher.model,
             teacher.model_args,
-            checkpoint=teacher.checkpoint,
+            checkpoint=self.teacher_file,
             drop_path=drop_path,
             will_train=teacher.finetune is not None,
             **self._shape,
@@ -220,6 +226,12 @@ def _check_tokens(teacher: VisionTransformer, student: VisionTransformer) -> Non
             "{}+{} (patches + prefix tokens) and the student {}+{}; give both the same patch_size "
             "and class_token".format(*tokens(teacher), *tokens(student))
         )
+
+
+def _teacher_file(path: Path | None) -> Path | None:
+    if path is not None and not path.exists():
+        raise CheckpointError(f"teacher.checkpoint {path} does not exist")
+    return None if path is None else weights_file(path)
 
 
 def _number_of_modules(recipe: Recipe, student: VMoE | NAC) -> int | None:

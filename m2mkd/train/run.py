@@ -92,7 +92,7 @@ class Run:
             check_parallel(recipe, self.networks.student(), self.world)
 
     def _facts(self) -> Facts:
-        file = self.recipe.teacher.checkpoint
+        file = self.networks.teacher_file
         dense = self.recipe.student.upcycle_from
         return Facts(
             data=[self.data.class_names, len(self.data.train), len(self.data.validation)],

@@ -1,15 +1,22 @@
 """Cutting ViTs into modules, and creating networks by name."""
 
+import argparse
+import itertools
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.utils import CheckpointSaver
 
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models import (
     balanced_depths,
+    count_flops,
     create_meta,
     create_vit,
+    cut_evenly,
     load_pretrained_vit,
     resolve_depths,
     split_vit,
@@ -73,6 +80,46 @@ def test_balanced_depths_give_the_remainder_to_early_modules() -> None:
         balanced_depths(7, 8)
 
 
+def test_operations_of_a_block_are_those_of_its_matrices() -> None:
+    first, middle, *_, last = count_flops(create_vit("vit_tiny_patch16_224", SMALL, **SHAPE), 16)
+    tokens, width = 17, 32  # 4 x 4 patches and the class token
+    mlp = 2 * tokens * width * 4 * width * 2
+    attention = 2 * tokens * width * (3 * width + width) + 2 * 2 * tokens * tokens * width
+    assert middle == mlp + attention
+    assert first - middle == 2 * 16 * (3 * 4 * 4) * width  # patch embedding
+    assert last - middle == 2 * width * 5  # head
+
+
+@pytest.mark.parametrize(
+    ("costs", "num_modules", "depths"),
+    [
+        ([1, 1, 1, 1], 2, [2, 2]),
+        ([3, 1, 1, 1], 2, [1, 3]),
+        ([1, 1, 1, 1, 4], 3, [2, 2, 1]),
+        ([1.2, 1, 1, 1, 1], 2, [2, 3]),
+        ([5, 1, 1], 3, [1, 1, 1]),
+        ([1, 2, 3], 1, [3]),
+    ],
+)
+def test_modules_are_cut_where_their_costs_are_most_alike(
+    costs: list[float], num_modules: int, depths: list[int]
+) -> None:
+    assert cut_evenly(costs, num_modules) == depths
+
+
+def test_no_other_cut_has_a_smaller_sum_of_squares() -> None:
+    costs = torch.rand(9, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def squares(ends: tuple[int, ...]) -> float:
+        return sum(sum(costs[a:b]) ** 2 for a, b in itertools.pairwise((0, *ends, 9)))
+
+    least = min(map(squares, itertools.combinations(range(1, 9), 3)))
+    ends = tuple(itertools.accumulate(cut_evenly(costs, 4)))[:-1]
+    assert squares(ends) == pytest.approx(least)
+    with pytest.raises(ConfigError, match="10 modules need"):
+        cut_evenly(costs, 10)
+
+
 def test_module_counts_of_teacher_and_student_must_agree() -> None:
     with pytest.raises(ConfigError, match="has 2 modules, but the teacher is cut into 4"):
         resolve_depths([2, 2], 4, what="student.depths", num_modules=4)
@@ -126,6 +173,37 @@ def test_teacher_weights_come_from_a_local_file(tmp_path, suffix: str) -> None:
     adapted = load_pretrained_vit("vit_tiny_patch16_224", SMALL, checkpoint=path, **other)
     assert adapted.head.weight.shape[0] == 3 and adapted.pos_embed.shape[1] == 65
     assert torch.equal(adapted.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("num_classes", [5, 7])
+def test_checkpoints_of_timms_training_script_are_read(tmp_path: Path, num_classes: int) -> None:
+    source = create_vit("vit_tiny_patch16_224", SMALL, **SHAPE)
+    optimizer = torch.optim.AdamW(source.parameters())
+    args = argparse.Namespace(model="vit_tiny_patch16_224", lr=1e-3)
+    folder = str(tmp_path)
+    CheckpointSaver(
+        source, optimizer, args=args, checkpoint_dir=folder, recovery_dir=folder
+    ).save_checkpoint(0, 1.0)
+    shape = {**SHAPE, "num_classes": num_classes}
+    file = tmp_path / "model_best.pth.tar"
+    loaded = load_pretrained_vit("vit_tiny_patch16_224", SMALL, checkpoint=file, **shape)
+    own, theirs = loaded.state_dict(), source.state_dict()
+    body = [name for name in own if not name.startswith("head.")]
+    assert all(torch.equal(own[name], theirs[name]) for name in body)
+    assert own["head.weight"].shape == (num_classes, 32)
+    assert torch.equal(own["head.weight"], theirs["head.weight"]) == (num_classes == 5)
+
+
+def test_a_teacher_file_is_read_as_weights_and_runs_nothing(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (Path(tmp_path / "ran"),)
+
+    file = tmp_path / "payload.pth"
+    torch.save({"state_dict": Payload()}, file)
+    with pytest.raises(CheckpointError, match=r"payload\.pth is not a readable ViT checkpoint"):
+        load_pretrained_vit("vit_tiny_patch16_224", SMALL, checkpoint=file, **SHAPE)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_teacher_files_that_are_no_weights_are_named(tmp_path) -> None:

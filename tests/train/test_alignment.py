@@ -130,6 +130,23 @@ def test_an_incubated_teacher_can_be_aligned_too(tmp_path: Path) -> None:
     assert not torch.equal(before.head.weight, after.head.weight)
 
 
+def test_the_teacher_of_a_run_is_named_by_its_folder(weights: Path, tmp_path: Path) -> None:
+    folder = weights.parent.parent
+    by_folder = Run(given(folder), tmp_path, Reporter(quiet=True))
+    by_file = Run(given(weights), tmp_path, Reporter(quiet=True))
+    assert by_folder.plan["teacher"].digest == by_file.plan["teacher"].digest
+    loaded = by_folder.networks.teacher().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in load_file(weights).items())
+
+
+def test_a_teacher_is_cut_into_modules_of_equal_work(tmp_path: Path) -> None:
+    # Four patches, two modules of five blocks: patch embedding and head weigh next to nothing
+    # against a block, but they do decide where the odd block goes.
+    sizes = {**SIZES, "depth": 5}
+    recipe = tiny_recipe(teacher__model_args=sizes, teacher__depths="auto")
+    assert Run(recipe, tmp_path, Reporter(quiet=True)).networks.teacher_depths == [2, 3]
+
+
 def test_pairs_wait_for_the_alignment(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train(given(weights), tmp_path, KillingReporter("alignment", 7))
