@@ -24,7 +24,6 @@ _FILE = "RUNNING"
 _BEAT = 15.0  # seconds between signs of life
 _EXPIRY = 90.0  # seconds without one, after which an owner on another machine is taken for dead
 _POLL = 1.0
-_TAKEOVER = 2 * _EXPIRY  # seconds after which a takeover by another is taken for interrupted
 
 
 class Claim:
@@ -42,9 +41,9 @@ class Claim:
     def __init__(self, folder: Path, message: Callable[[str], None]) -> None:
         self._path = folder / _FILE
         self._identity = uuid.uuid4().hex
+        self._message = message
         self._ended = threading.Event()
-        interrupted = time.monotonic() + _TAKEOVER
-        while not self._create():
+        while not _put(self._path, self._identity):
             rival = _read(self._path)
             if rival is None:
                 continue
@@ -54,13 +53,7 @@ class Claim:
                     "with --wait, or stop it first"
                 )
             message(f"{folder}: {_describe(rival)} is gone; taking over")
-            _remove(self._path, rival["id"])
-            ticket = _ticket(self._path, rival["id"])
-            if ticket.exists() and time.monotonic() > interrupted:
-                raise BusyError(
-                    f"{folder} was being taken over from {_describe(rival)} by a process that "
-                    f"did not finish; remove {ticket} if none is at work"
-                )
+            _remove(self._path, rival["id"], message)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -89,28 +82,7 @@ class Claim:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        _remove(self._path, self._identity)
-
-    def _create(self) -> bool:
-        facts = {
-            "id": self._identity,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _start_of(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
-        }
-        draft = self._path.with_name(f".{_FILE}.{self._identity}.new")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(facts))
-            os.link(draft, self._path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise write_failure(self._path, error) from error
-        finally:
-            draft.unlink(missing_ok=True)
-        return True
+        _remove(self._path, self._identity, self._message)
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT):
@@ -133,6 +105,29 @@ def check_free(folder: Path, message: Callable[[str], None]) -> None:
             f"{folder} is being written by {_describe(owner)}; let it finish, wait for it with "
             "--wait, or stop it first"
         )
+
+
+def _put(path: Path, identity: str) -> bool:
+    """Makes a complete file with the facts of this process; False when there is one already."""
+    facts = {
+        "id": identity,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
+    draft = path.with_name(f".{_FILE}.{identity}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(facts))
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -194,19 +189,21 @@ def _ticket(path: Path, identity: str) -> Path:
     return path.with_name(f".{_FILE}.{identity or 'unknown'}")
 
 
-def _remove(path: Path, identity: str) -> None:
+def _remove(path: Path, identity: str, message: Callable[[str], None]) -> None:
     """Removes one owner's claim, never one that came after it.
 
     Only the holder of the owner's ticket may, so what he has read stays true until he is done. Of
-    several who want to take over, one gets the ticket; the others see what he leaves.
+    several who want to take over, one gets the ticket; the others see what he leaves. A ticket is a
+    claim itself, so that of a holder who was killed is taken over in the same way.
     """
     ticket = _ticket(path, identity)
-    try:
-        os.close(os.open(ticket, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-    except FileExistsError:
+    if not _put(ticket, uuid.uuid4().hex):
+        holder = _read(ticket)
+        if holder is not None and _is_alive(ticket, holder, message):
+            time.sleep(_POLL)
+        elif holder is not None:
+            _remove(ticket, holder["id"], message)
         return
-    except OSError as error:
-        raise write_failure(ticket, error) from error
     try:
         owner = _read(path)
         if owner is not None and owner["id"] == identity:

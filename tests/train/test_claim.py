@@ -114,8 +114,25 @@ def test_an_owner_that_slept_too_long_notices_and_leaves_the_new_claim_alone(
     assert json.loads((tmp_path / "RUNNING").read_text())["id"] == "other"
 
 
-def test_of_many_that_want_to_take_over_one_does(tmp_path: Path) -> None:
-    hold(tmp_path, host=socket.gethostname(), pid=0)
+def dead(identity: str) -> dict[str, Any]:
+    """A process of this machine that is gone."""
+    return {"id": identity, "host": socket.gethostname(), "pid": 0, "started": "1"}
+
+
+def test_a_takeover_or_release_that_was_killed_stops_nobody(tmp_path: Path) -> None:
+    hold(tmp_path, **dead("owner"))
+    (tmp_path / ".RUNNING.owner").write_text(json.dumps(dead("taker")))
+    (tmp_path / ".RUNNING.taker").write_text(json.dumps(dead("another taker")))
+    with Claim(tmp_path, quiet.append) as held:
+        held.check()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["of the dead", "of a killed takeover"])
+def test_of_many_that_want_to_take_over_one_does(tmp_path: Path, interrupted: bool) -> None:
+    hold(tmp_path, **dead("owner"))
+    if interrupted:
+        (tmp_path / ".RUNNING.owner").write_text(json.dumps(dead("taker")))
     winners: list[Claim] = []
     start = threading.Barrier(8)
 
