@@ -149,6 +149,7 @@ class Run:
             number += 1
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, target)
+        (self.out / "summary.json").unlink(missing_ok=True)
         self.reporter.message(f"{name}: {reason}; the earlier result is now in {target}")
 
     def is_done(self, name: str) -> bool:
@@ -427,10 +428,8 @@ class Run:
         if begun in (None, self.data.images_per_step):
             return self.data
         data = self.data.in_steps_of(begun)
-        self.reporter.message(
-            f"{folder.relative_to(self.out)}: begun in steps of {begun} images, goes on in these: "
-            f"data.accumulate {data.accumulate}, data.batch_size {data.batch_size}"
-        )
+        now = f"data.accumulate {data.accumulate}, data.batch_size {data.batch_size}"
+        self.reporter.message(f"{folder.name}: goes on in steps of {begun} images, with {now}")
         return data
 
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -535,6 +534,8 @@ def _prepare(run: Run, pair: int | None, redone: tuple[str, ...]) -> None:
 
 def _perform(run: Run, stage: str, pair: int | None, *, wait: bool) -> None:
     """Does one stage, unless it is complete."""
+    from m2mkd.train.report import refresh_report  # slow to load: not before the first step
+
     steps: dict[str, Callable[[], None]] = {
         "meta": run.train_meta,
         "teacher": run.train_teacher,
@@ -557,6 +558,8 @@ def _perform(run: Run, stage: str, pair: int | None, *, wait: bool) -> None:
                 raise
             _pause(run, str(error), wait=True)
             continue
+        if pair is None:  # a pair's job writes to its own folder only
+            run.world.on_main(lambda: refresh_report(run.out, run.reporter))
         if run.world.total_and_stop([], run.stop)[1]:
             raise run.stop.exception(f"stopped after stage {stage}")
         return

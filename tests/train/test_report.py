@@ -130,6 +130,53 @@ def test_a_run_under_way_gives_a_page_of_what_there_is(tmp_path: Path) -> None:
     assert "What m2mKD gained" not in page.headings
 
 
+class Watching(Reporter):
+    """Notes which stages the report shows whenever a stage begins to train."""
+
+    def __init__(self, report: Path) -> None:
+        super().__init__(quiet=True)
+        self.report = report
+        self.seen: list[tuple[str, bool, bool]] = []
+        self.lines: list[str] = []
+
+    def start(self, name: str, total: int, done: int) -> None:
+        super().start(name, total, done)
+        text = self.report.read_text() if self.report.is_file() else ""
+        self.seen.append((name, "Accuracy of meta model and teacher" in text, "pair-01" in text))
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_the_report_is_written_anew_after_every_stage(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    watching = Watching(out / "report.html")
+    train(tiny_recipe(baselines=["end_to_end_only"]), out, watching)
+    assert watching.seen == [
+        ("meta", False, False),
+        *(("incubation", True, False), ("teacher", True, False)),
+        ("distill/joint", True, False),
+        *(("end_to_end", True, True), ("baselines/end_to_end_only", True, True)),
+    ]
+    refresh = ("http-equiv", "refresh")
+    assert refresh not in Page((out / "report.html").read_text()).attributes
+
+    # Of other settings: the old results are not shown as theirs, and the browser looks again.
+    other = tiny_recipe(baselines=["end_to_end_only"], end_to_end={"epochs": 1, "lr": 1e-3})
+    train(other, out, watching, stage="end_to_end")
+    page = Page((out / "report.html").read_text())
+    assert page.headings[0] == "Not finished" and refresh in page.attributes
+
+
+def test_a_report_that_cannot_be_written_stops_no_training(tmp_path: Path) -> None:
+    out, watching = tmp_path / "run", Watching(tmp_path / "run" / "report.html")
+    (out / "incubation").mkdir(parents=True)
+    (out / "incubation" / "metrics.jsonl").write_text('{"step": 1, "lo')  # another job is at it
+    train(tiny_recipe(), out, watching, stage="meta")
+    assert (out / "meta" / "DONE").is_file() and not watching.report.exists()
+    assert any("report is not up to date: cannot read" in line for line in watching.lines)
+
+
 def test_several_seeds_are_shown_with_their_spread(run: Path, tmp_path: Path) -> None:
     runs = [run]
     for seed in (1, 2):

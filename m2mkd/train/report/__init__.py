@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from m2mkd.errors import DataError
+from m2mkd.errors import DataError, M2MKDError
 from m2mkd.recipe import load_recipe
 from m2mkd.train.data import ImageData
 from m2mkd.train.progress import Reporter
 from m2mkd.train.report.grades import corrupt_run, grade_run, read_grades
 from m2mkd.train.report.page import write_report
 
-__all__ = ["corrupt_run", "grade_run", "rebuild_report", "write_report"]
+__all__ = ["corrupt_run", "grade_run", "rebuild_report", "refresh_report", "write_report"]
 
 
 def rebuild_report(runs: Sequence[Path], out: Path, reporter: Reporter) -> Path:
@@ -31,3 +31,11 @@ def rebuild_report(runs: Sequence[Path], out: Path, reporter: Reporter) -> Path:
             except DataError as error:
                 reporter.message(f"{run}: no calibration, confusion and expert load: {error}")
     return write_report(runs, out)
+
+
+def refresh_report(run: Path, reporter: Reporter) -> None:
+    """Writes the report of a run under way; what goes wrong is said, and stops nothing."""
+    try:
+        write_report([run], run / "report.html")
+    except M2MKDError as error:  # another job may be writing to a file that is read here
+        reporter.message(f"the report is not up to date: {error}")
