@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from m2mkd.errors import ConfigError, ShapeError
+from m2mkd.nn.precision import without_autocast
 
 
 def signature_repulsion(signature_US: Tensor, hinge: float = 0.4) -> Tensor:
@@ -98,7 +99,7 @@ def _distances(op: str, signature_US: Tensor) -> Tensor:
             f"{op}: signatures are {signature_US.dtype} {tuple(signature_US.shape)}; use floating "
             "[U, S]"
         )
-    with torch.autocast(signature_US.device.type, enabled=False):
+    with without_autocast(signature_US):
         wide = torch.promote_types(signature_US.dtype, torch.float32)
         unit_US = F.normalize(signature_US.to(wide), dim=1)
         return 1 - unit_US @ unit_US.T

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m2mkd import ops
 from m2mkd.errors import ConfigError, did_you_mean
+from m2mkd.nn.precision import without_autocast
 
 GateMode = Literal["softmax_selected", "softmax_all", "softmax_all_renorm", "expert_choice"]
 GATE_MODES = get_args(GateMode)
@@ -206,7 +207,7 @@ class MoEMlp(nn.Module):
     def _logits(self, tokens_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in float32 or better, without and with training noise."""
         dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
-        with torch.autocast(tokens_TD.device.type, enabled=False):
+        with without_autocast(tokens_TD):
             clean_TE = nn.functional.linear(
                 tokens_TD.to(dtype), self.router.weight.to(dtype), self.router.bias.to(dtype)
             )

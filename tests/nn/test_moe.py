@@ -155,3 +155,11 @@ def test_half_precision_autocast_routes_in_float32() -> None:
     assert logits.dtype == torch.float32
     exact = moe.router(x.bfloat16().float())
     torch.testing.assert_close(logits, exact, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["softmax_selected", "expert_choice"])
+def test_shapes_can_be_had_without_memory_on_the_meta_device(gate: str) -> None:
+    moe = MoEMlp(8, 16, num_experts=4, gate=gate, importance_weight=0.1, z_weight=0.1).to("meta")
+    out = moe(torch.empty(2, 5, 8, device="meta"))
+    assert out.shape == (2, 5, 8) and out.is_meta
+    assert moe.auxiliary_loss is not None and moe.auxiliary_loss.is_meta
