@@ -16,9 +16,11 @@ import yaml
 from m2mkd.errors import ConfigError
 from m2mkd.models.checkpoint import write_text
 from m2mkd.recipe import load_recipe
+from m2mkd.train.parallel import check_parallel
 from m2mkd.train.progress import Reporter
 from m2mkd.train.run import Run, train
 from m2mkd.train.stopping import Preempted, StopRequest, stopping_on_signals
+from m2mkd.train.world import World
 
 # What each job waits for. Baselines need no pairs, so they run beside them.
 _AFTER = {
@@ -100,8 +102,12 @@ def launch(
         The job id of every stage; placeholders when the scripts are only shown.
 
     Raises:
-        ConfigError: submitit is missing, or this machine has no SLURM.
+        ConfigError: submitit is missing, this machine has no SLURM, or so many processes cannot
+            share the student's experts.
     """
+    if run.recipe.parallel != "ddp":
+        processes = resources.nodes * max(1, resources.gpus)
+        check_parallel(run.recipe, run.networks.student(), World(size=processes))
     submit = _submitter(run, resources, show)
     recipe = (run.out / "recipe.yaml").resolve()
     if show is None:

@@ -105,3 +105,15 @@ def test_a_job_out_of_time_saves_and_queues_itself_again(
     monkeypatch.setattr(Reporter, "step", original)
     job()
     assert (out / "meta" / "DONE").is_file()
+
+
+def test_experts_that_the_jobs_cannot_share_are_named_before_anything_is_queued(
+    tmp_path: Path,
+) -> None:
+    run = Run(tiny_recipe(parallel="experts"), tmp_path, Reporter(quiet=True))
+    shown: list[str] = []
+    with pytest.raises(ConfigError, match="4 processes cannot share num_experts 3"):
+        launch.launch(run, launch.Resources(nodes=2, gpus=2), shown.append)
+    assert shown == []
+    launch.launch(run, launch.Resources(nodes=1, gpus=3), shown.append)
+    assert len(shown) == 6
