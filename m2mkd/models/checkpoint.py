@@ -65,7 +65,7 @@ class ModelCard:
         Its own are fresh, and a NAC's signatures describe no graph: fitting them to its prior
         takes seconds, and what is loaded overwrites them.
         """
-        without_prior = {"prior": "none"} if self.model.startswith("nac") else {}
+        without_prior: dict[str, Any] = {"prior": "none"} if self.model.startswith("nac") else {}
         return create_network(
             self.model,
             self.model_args,
