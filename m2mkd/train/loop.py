@@ -118,7 +118,7 @@ def fit(job: Job, context: Context) -> dict[str, Any]:
     """Trains a job from its newest checkpoint to the end and marks it as done.
 
     Returns:
-        The numbers written to its `DONE` file: steps, final loss and the last evaluation.
+        What is written to its `DONE` file: steps and their size, final loss and last evaluation.
 
     Raises:
         TrainingError: The loss is not finite.
@@ -127,7 +127,8 @@ def fit(job: Job, context: Context) -> dict[str, Any]:
     """
     trainer = _Trainer(job, context)
     trainer.run()
-    done = {"digest": job.digest, "steps": trainer.total, **trainer.latest}
+    facts = {"steps": trainer.total, "images_per_step": context.data.images_per_step}
+    done = {"digest": job.digest, **facts, **trainer.latest}
     context.world.on_main(lambda: write_text(job.folder / "DONE", json.dumps(done, indent=1)))
     return done
 

@@ -25,7 +25,8 @@ from m2mkd.train.data import ImageData
 from m2mkd.train.progress import Reporter
 from m2mkd.train.report import grades as grading
 from m2mkd.train.report import rebuild_report, write_report
-from m2mkd.train.report.page import chance_range, duration, gains, t_interval
+from m2mkd.train.report.page import _cost, chance_range, duration, gains, t_interval
+from m2mkd.train.report.record import read_run
 from m2mkd.train.run import train
 
 
@@ -166,6 +167,13 @@ def test_the_report_is_written_anew_after_every_stage(tmp_path: Path) -> None:
     train(other, out, watching, stage="end_to_end")
     page = Page((out / "report.html").read_text())
     assert page.headings[0] == "Not finished" and refresh in page.attributes
+
+
+def test_throughput_counts_the_images_of_whole_steps(tmp_path: Path) -> None:
+    small = tiny_recipe(data__batch_size=8, data__accumulate=4)
+    train(small, tmp_path / "run", Reporter(quiet=True), stage="meta")
+    (row,) = _cost(read_run(tmp_path / "run"))["rows"]
+    assert row["steps"] == 10 and row["speed"] * row["seconds"] == pytest.approx(2 * 160)
 
 
 def test_a_report_that_cannot_be_written_stops_no_training(tmp_path: Path) -> None:

@@ -390,7 +390,8 @@ def _cost(record: Record) -> dict[str, Any]:
 def _cost_row(stage: Stage, record: Record) -> dict[str, Any]:
     steps = int(stage.done.get("steps", 0))
     seconds = float(stage.done.get("seconds", 0.0))
-    images = steps * record.recipe.data.batch_size
+    data = record.recipe.data
+    images = steps * int(stage.done.get("images_per_step", data.batch_size * data.accumulate))
     return {
         "name": stage.name,
         "epochs": stage.epochs,
