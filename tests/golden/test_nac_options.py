@@ -118,13 +118,13 @@ def test_an_option_gives_the_literal_logits_and_gradients(name: str, images: tor
     literal = Literal(make_config(OPTIONS[name]))
     literal.logits(images)  # draws the state
     literal.draws = False
-    for value in literal.state.values():
-        value.requires_grad_()
-    expected = literal.logits(images)
     loaded = {k: v.detach().clone() for k, v in literal.state.items()}
-    nac = official.load("nac", loaded, literal.config)
+    nac = official.load("nac", loaded, literal.config).double()
+    literal.state = {k: v.double().requires_grad_() for k, v in literal.state.items()}
+    images = images.double()
+    expected = literal.logits(images)
     logits = nac(images)
-    torch.testing.assert_close(logits, expected, atol=VALUES, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
     expected.square().mean().backward()
     logits.square().mean().backward()
     parameters = dict(nac.named_parameters())
@@ -133,9 +133,7 @@ def test_an_option_gives_the_literal_logits_and_gradients(name: str, images: tor
         ours = parameters[nac.loaded_tensors[key]].grad
         theirs = value.grad if value.grad is not None else torch.zeros_like(value)
         ours = torch.zeros_like(value) if ours is None else ours
-        # Rounding is that of the largest terms; drawn weights have gradients of up to 30.
-        tolerance = 1e-4 * max(1.0, float(theirs.abs().max()))
-        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, msg=key)
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9, msg=key)
 
 
 STUDENT = {
