@@ -2,9 +2,11 @@
 // sender (gradients of k and v) is one thread's work in a fixed order, so results do not depend on
 // the number of threads.
 //
-// Memory beyond the results: 8 bytes (float64: 16) per edge and head in the backward pass, for as
-// many heads at a time as fit into 32 MiB, and for at least one; and for half types, and widths
-// that are not whole packs of 64 bytes, each thread's copies of the rows of the head it works on.
+// Memory beyond the results, in the backward pass: 8 bytes (float64: 16) per edge, for a head of
+// each thread or, of heads beyond a cache, for every head; and 4 (8) per edge and head where the
+// bias wants a gradient; both for no more heads at a time than fit into 32 MiB, and for at least
+// one. In both passes, for half types and widths that are not whole packs of 64 bytes, each
+// thread's copies of the rows of the head it works on.
 //
 // Letters: B batch, H heads, U receivers, V senders, D head width, N edges.
 
@@ -24,8 +26,15 @@ namespace m2mkd::cpu {
 
 namespace {
 
-// Backward keeps two numbers per edge for as many heads at once as fit here, and for at least one.
+// Backward works on as many heads at once as two numbers per edge fit into this, at least on one.
 constexpr int64_t kEdgeBytes = int64_t{32} << 20;
+
+// Of keys, as of values, that are fetched for the next head: a fraction of a second-level cache.
+constexpr int64_t kFetchedBytes = int64_t{160} << 10;
+
+// Rows of a head up to which it goes whole to one thread in the backward pass: what a second-level
+// cache holds. Larger heads share the third level better when all threads work on the same one.
+constexpr int64_t kWholeBytes = int64_t{2} << 20;
 
 // The edges of one side: those of row r are [ptr[r], ptr[r + 1]).
 struct Side {
@@ -44,6 +53,9 @@ struct Side {
 template <typename F>
 void for_share(const Side& side, int64_t heads, int64_t lane, int64_t lanes, const F& f) {
   const int64_t cost = side.cost_before(side.rows);
+  if (heads * cost == 0) {
+    return;
+  }
   const auto cut = [&](int64_t n) {
     const int64_t position = heads * cost / lanes * n + heads * cost % lanes * n / lanes;
     const int64_t head = std::min(position / cost, heads - 1), rest = position - head * cost;
@@ -82,6 +94,13 @@ class Rows {
   }
 
   static int64_t packs(int64_t width) { return (width + kPack<A> - 1) / kPack<A>; }
+
+  // Packs of the next head's n rows, behind this head's, that are worth asking for early: none
+  // where they would drive this head's out of the cache, or are copied before use.
+  int64_t fetched_packs(int64_t n) const {
+    const int64_t all = n * packs(width_);
+    return in_place() && all * kPack<A> * int64_t{sizeof(A)} <= kFetchedBytes ? all : 0;
+  }
 
   const A* read(const T* rows, int64_t n) {
     if constexpr (std::is_same_v<T, A>) {
@@ -179,6 +198,12 @@ struct Problem {
   int64_t bytes(int64_t count) const {
     return count * (edges + receivers + senders) * width * int64_t{sizeof(T)};
   }
+
+  // Whether a second-level cache holds one head's queries, keys, values and gradient.
+  template <typename T>
+  bool is_small() const {
+    return 2 * (receivers + senders) * width * int64_t{sizeof(T)} <= kWholeBytes;
+  }
 };
 
 int64_t largest_degree(const Side& side) {
@@ -189,16 +214,15 @@ int64_t largest_degree(const Side& side) {
   return most;
 }
 
-// Edges' gradients summed over the heads that share a bias, head after head.
+// Adds the bias gradients of heads [first, first + heads), head after head, to the bias they share.
 template <typename A>
-void add_bias_grad(A* bias_grad, const EdgeGrad<A>* edges, int64_t count, int64_t heads,
-                   int64_t first_head, const Problem& p) {
-  parallel_items(count, heads * int64_t{sizeof(EdgeGrad<A>)}, [&](int64_t begin, int64_t end) {
+void add_bias_grad(const Problem& p, const A* head_grads, int64_t first, int64_t heads, A* sums) {
+  parallel_items(p.edges, heads * int64_t{sizeof(A)}, [&](int64_t begin, int64_t end) {
     for (int64_t h = 0; h < heads; ++h) {
-      A* sum = bias_grad + (first_head + h) / p.heads * p.bias_stride;
-      const EdgeGrad<A>* edge = edges + h * count;
+      A* sum = sums + (first + h) / p.heads * p.bias_stride;
+      const A* grad = head_grads + h * p.edges;
       for (int64_t e = begin; e < end; ++e) {
-        sum[e] += edge[e].score;
+        sum[e] += grad[e];
       }
     }
   });
@@ -245,6 +269,7 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
             .bias = bias ? const_data<A>(*bias) + head / p.heads * p.bias_stride : nullptr,
             .row_ptr = side.ptr,
             .sender = senders,
+            .fetched_packs = k_rows.fetched_packs(p.senders),
             .begin = begin,
             .end = end,
             .packs = Rows<T>::packs(p.width),
@@ -262,6 +287,12 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
 
 namespace {
 
+// How many of all heads, at least one, fit into kEdgeBytes.
+int64_t heads_that_fit(int64_t all, int64_t head_bytes) {
+  return std::clamp<int64_t>(kEdgeBytes / std::max<int64_t>(1, head_bytes), 1,
+                             std::max<int64_t>(1, all));
+}
+
 // The contiguous inputs of a backward call.
 struct Inputs {
   Tensor grad, q, k, v, lse;
@@ -271,74 +302,141 @@ struct Inputs {
   double scale;
 };
 
-// Gradient of q, and of every edge, for heads [first, first + heads).
+// Where a backward call writes.
+struct Gradients {
+  Tensor q, k, v;
+};
+
+// One thread's share of a backward call, with its copies of rows and buffers of scores.
+template <typename T>
+class BackwardLane {
+ public:
+  using A = compute_t<T>;
+
+  BackwardLane(const Problem& p, const Inputs& in, const Gradients& to)
+      : p_(p),
+        in_(in),
+        to_(to),
+        q_(p.receivers, p.width),
+        grad_(p.receivers, p.width),
+        q_result_(p.receivers, p.width),
+        k_(p.senders, p.width),
+        v_(p.senders, p.width),
+        k_result_(p.senders, p.width),
+        v_result_(p.senders, p.width),
+        weights_(
+            scores_room<A>(std::max(largest_degree(in.by_receiver), largest_degree(in.by_sender)))),
+        slopes_(weights_.size()) {}
+
+  // Gradient of q for receivers [begin, end) of a head, and of their edges.
+  void receivers(int64_t head, int64_t begin, int64_t end, EdgeGrad<A>* edges, A* bias_grad) {
+    const int64_t first = (head * p_.receivers + begin) * p_.width, count = end - begin;
+    const int64_t senders = head * p_.senders * p_.width;
+    T* target = mutable_data<T>(to_.q) + first;
+    attend_backward(ReceiverGrad<A>{
+        .q = q_.read(const_data<T>(in_.q) + first, count),
+        .k = k_.read(const_data<T>(in_.k) + senders, p_.senders),
+        .v = v_.read(const_data<T>(in_.v) + senders, p_.senders),
+        .grad = grad_.read(const_data<T>(in_.grad) + first, count),
+        .lse = const_data<A>(in_.lse) + head * p_.receivers + begin,
+        .bias = in_.bias ? const_data<A>(*in_.bias) + head / p_.heads * p_.bias_stride : nullptr,
+        .row_ptr = in_.by_receiver.ptr,
+        .sender = in_.sender,
+        .fetched_packs = k_.fetched_packs(p_.senders),
+        .begin = begin,
+        .end = end,
+        .packs = Rows<T>::packs(p_.width),
+        .scale = static_cast<A>(in_.scale),
+        .weights = weights_.data(),
+        .slopes = slopes_.data(),
+        .q_grad = q_result_.target(target),
+        .edges = edges,
+        .bias_grad = bias_grad,
+    });
+    q_result_.written(target, count);
+  }
+
+  // Gradients of k and v for senders [begin, end) of a head, from those of all its edges.
+  void senders(int64_t head, int64_t begin, int64_t end, const EdgeGrad<A>* edges) {
+    const int64_t first = (head * p_.senders + begin) * p_.width, count = end - begin;
+    const int64_t receivers = head * p_.receivers * p_.width;
+    T* k_target = mutable_data<T>(to_.k) + first;
+    T* v_target = mutable_data<T>(to_.v) + first;
+    attend_backward(SenderGrad<A>{
+        .q = q_.read(const_data<T>(in_.q) + receivers, p_.receivers),
+        .grad = grad_.read(const_data<T>(in_.grad) + receivers, p_.receivers),
+        .edges = edges,
+        .col_ptr = in_.by_sender.ptr,
+        .receiver = in_.receiver,
+        .edge_id = in_.edge_id,
+        .begin = begin,
+        .end = end,
+        .packs = Rows<T>::packs(p_.width),
+        .scale = static_cast<A>(in_.scale),
+        .weights = weights_.data(),
+        .slopes = slopes_.data(),
+        .k_grad = k_result_.target(k_target),
+        .v_grad = v_result_.target(v_target),
+    });
+    k_result_.written(k_target, count);
+    v_result_.written(v_target, count);
+  }
+
+ private:
+  const Problem& p_;
+  const Inputs& in_;
+  const Gradients& to_;
+  Rows<T> q_, grad_, q_result_, k_, v_, k_result_, v_result_;
+  std::vector<A> weights_, slopes_;
+};
+
+// What the backward pass keeps between its two halves: the edges of `heads` heads, and, where the
+// bias wants a gradient, those of as many heads as are summed at a time.
+template <typename A>
+struct Kept {
+  int64_t heads;
+  EdgeGrad<A>* edges;
+  A* bias_grads;
+
+  EdgeGrad<A>* edges_of(const Problem& p, int64_t h) const { return edges + h * p.edges; }
+  A* bias_grad_of(const Problem& p, int64_t h) const {
+    return bias_grads == nullptr ? nullptr : bias_grads + h * p.edges;
+  }
+};
+
+// Heads [first, first + heads). Of small ones as many as all threads can take alike go whole to one
+// thread each, which then finds a head's rows and edges in its cache for the second half; those
+// that are left are cut by rows.
 template <typename T, typename A = compute_t<T>>
-void receiver_pass(const Problem& p, const Inputs& in, int64_t first_head, int64_t heads,
-                   EdgeGrad<A>* edges, const Tensor& q_grad) {
-  const int64_t room = scores_room<A>(largest_degree(in.by_receiver));
-  const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
-  parallel_lanes(p.bytes<T>(heads), [&](int64_t lane, int64_t lanes) {
-    Rows<T> q(p.receivers, p.width), grad(p.receivers, p.width), result(p.receivers, p.width);
-    Rows<T> k(p.senders, p.width), v(p.senders, p.width);
-    std::vector<A> weights(room), slopes(room);
-    for_share(in.by_receiver, heads, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
-      const int64_t head = first_head + h;
-      const int64_t first = head * receiver_numbers + begin * p.width;
-      const int64_t count = end - begin;
-      T* target = mutable_data<T>(q_grad) + first;
-      attend_backward(ReceiverGrad<A>{
-          .q = q.read(const_data<T>(in.q) + first, count),
-          .k = k.read(const_data<T>(in.k) + head * sender_numbers, p.senders),
-          .v = v.read(const_data<T>(in.v) + head * sender_numbers, p.senders),
-          .grad = grad.read(const_data<T>(in.grad) + first, count),
-          .lse = const_data<A>(in.lse) + head * p.receivers + begin,
-          .bias = in.bias ? const_data<A>(*in.bias) + head / p.heads * p.bias_stride : nullptr,
-          .row_ptr = in.by_receiver.ptr,
-          .sender = in.sender,
-          .begin = begin,
-          .end = end,
-          .packs = Rows<T>::packs(p.width),
-          .scale = static_cast<A>(in.scale),
-          .weights = weights.data(),
-          .slopes = slopes.data(),
-          .q_grad = result.target(target),
-          .edges = edges + h * p.edges,
-      });
-      result.written(target, count);
+void backward_heads(const Problem& p, const Inputs& in, const Gradients& to, int64_t first,
+                    int64_t heads, const Kept<A>& kept) {
+  const int64_t lanes = lane_count(p.bytes<T>(heads));
+  const int64_t each = p.is_small<T>() && lanes <= kept.heads ? heads / lanes : 0;
+  const int64_t whole = each * lanes, rest = heads - whole;
+  if (each > 0) {
+    for_lanes(lanes, [&](int64_t lane) {
+      BackwardLane<T> work(p, in, to);
+      EdgeGrad<A>* edges = kept.edges_of(p, lane);
+      for (int64_t h = lane * each; h < (lane + 1) * each; ++h) {
+        work.receivers(first + h, 0, p.receivers, edges, kept.bias_grad_of(p, h));
+        work.senders(first + h, 0, p.senders, edges);
+      }
+    });
+  }
+  if (rest == 0) {
+    return;
+  }
+  for_lanes(lanes, [&](int64_t lane) {
+    BackwardLane<T> work(p, in, to);
+    for_share(in.by_receiver, rest, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
+      work.receivers(first + whole + h, begin, end, kept.edges_of(p, h),
+                     kept.bias_grad_of(p, whole + h));
     });
   });
-}
-
-// Gradients of k and v for heads [first, first + heads).
-template <typename T, typename A = compute_t<T>>
-void sender_pass(const Problem& p, const Inputs& in, int64_t first_head, int64_t heads,
-                 const EdgeGrad<A>* edges, const Tensor& k_grad, const Tensor& v_grad) {
-  const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
-  parallel_lanes(p.bytes<T>(heads), [&](int64_t lane, int64_t lanes) {
-    Rows<T> q(p.receivers, p.width), grad(p.receivers, p.width);
-    Rows<T> k_result(p.senders, p.width), v_result(p.senders, p.width);
-    for_share(in.by_sender, heads, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
-      const int64_t head = first_head + h;
-      const int64_t first = head * sender_numbers + begin * p.width;
-      const int64_t count = end - begin;
-      T* k_target = mutable_data<T>(k_grad) + first;
-      T* v_target = mutable_data<T>(v_grad) + first;
-      attend_backward(SenderGrad<A>{
-          .q = q.read(const_data<T>(in.q) + head * receiver_numbers, p.receivers),
-          .grad = grad.read(const_data<T>(in.grad) + head * receiver_numbers, p.receivers),
-          .edges = edges + h * p.edges,
-          .col_ptr = in.by_sender.ptr,
-          .receiver = in.receiver,
-          .edge_id = in.edge_id,
-          .begin = begin,
-          .end = end,
-          .packs = Rows<T>::packs(p.width),
-          .scale = static_cast<A>(in.scale),
-          .k_grad = k_result.target(k_target),
-          .v_grad = v_result.target(v_target),
-      });
-      k_result.written(k_target, count);
-      v_result.written(v_target, count);
+  for_lanes(lanes, [&](int64_t lane) {
+    BackwardLane<T> work(p, in, to);
+    for_share(in.by_sender, rest, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
+      work.senders(first + whole + h, begin, end, kept.edges_of(p, h));
     });
   });
 }
@@ -376,34 +474,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
                   .receiver = p.index("receiver", receiver, p.receivers),
                   .edge_id = p.index("edge_id", edge_id, p.edges),
                   .scale = scale};
-  Tensor q_grad = pooled_empty(in.q, {p.batch, p.heads, p.receivers, p.width}, dtype);
-  Tensor k_grad = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype);
-  Tensor v_grad = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype);
+  const Gradients to{.q = pooled_empty(in.q, {p.batch, p.heads, p.receivers, p.width}, dtype),
+                     .k = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype),
+                     .v = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype)};
   needs_bias = needs_bias && in.bias;
   const std::vector<int64_t> none{0};
   Tensor bias_grad = new_zeros(in.q, needs_bias ? p.bias_sizes : none, wide);
   dispatch_float(p.op, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
-    const int64_t all = p.all_heads(), head_bytes = p.edges * int64_t{sizeof(EdgeGrad<A>)};
-    const int64_t most = std::clamp<int64_t>(kEdgeBytes / std::max<int64_t>(1, head_bytes), 1,
-                                             std::max<int64_t>(1, all));
-    const Tensor kept = pooled_empty(in.lse, most, 2 * p.edges, wide);
-    auto* edges = static_cast<EdgeGrad<A>*>(kept.mutable_data_ptr());
+    const int64_t all = p.all_heads();
+    const int64_t most = heads_that_fit(all, p.edges * int64_t{sizeof(EdgeGrad<A>)});
+    const int64_t lanes = lane_count(p.bytes<T>(all));
+    const int64_t kept_heads = p.is_small<T>() ? std::min(most, lanes) : most;
+    const Tensor edges = pooled_empty(in.lse, kept_heads, 2 * p.edges, wide);
+    const Tensor bias_grads = pooled_empty(in.lse, needs_bias ? most : 0, p.edges, wide);
+    const Kept<A> kept{.heads = kept_heads,
+                       .edges = static_cast<EdgeGrad<A>*>(edges.mutable_data_ptr()),
+                       .bias_grads = needs_bias ? mutable_data<A>(bias_grads) : nullptr};
     for (int64_t first = 0; first < all; first += most) {
       const int64_t heads = std::min(most, all - first);
-      if (p.receivers > 0) {
-        receiver_pass<T>(p, in, first, heads, edges, q_grad);
-      }
-      if (p.senders > 0) {
-        sender_pass<T>(p, in, first, heads, edges, k_grad, v_grad);
-      }
+      backward_heads<T>(p, in, to, first, heads, kept);
       if (needs_bias) {
-        add_bias_grad(mutable_data<A>(bias_grad), edges, p.edges, heads, first, p);
+        add_bias_grad(p, kept.bias_grads, first, heads, mutable_data<A>(bias_grad));
       }
     }
   });
-  return {q_grad, k_grad, v_grad, bias_grad};
+  return {to.q, to.k, to.v, bias_grad};
 }
 
 }  // namespace m2mkd::cpu

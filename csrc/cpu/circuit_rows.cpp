@@ -18,8 +18,6 @@ namespace {
 template <typename A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// Edges whose gradients the sender pass collects at a time.
-constexpr int64_t kChunk = 64;
 // How many edges ahead the scattered gradients of edges are asked for.
 constexpr int64_t kAhead = 64;
 
@@ -32,22 +30,26 @@ M2MKD_INLINE int64_t whole_packs(int64_t count) {
 }
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Oct __attribute__((vector_size(32), aligned(4), may_alias));
 
-// Sums over one pack.
-M2MKD_INLINE Quad sum_to_quad(const float* pack) {
-  const Quad* quads = reinterpret_cast<const Quad*>(pack);
-  return (quads[0] + quads[2]) + (quads[1] + quads[3]);
+// Sums over neighbours, within each half of a and b.
+M2MKD_INLINE Oct sum_pairs(Oct a, Oct b) {
+  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-M2MKD_INLINE Quad sum_pairs(Quad a, Quad b) {
-  return Quad{a[0], a[2], b[0], b[2]} + Quad{a[1], a[3], b[1], b[3]};
+M2MKD_INLINE Oct sum_halves(const float* pack) {
+  const Oct* octs = reinterpret_cast<const Oct*>(pack);
+  return octs[0] + octs[1];
 }
 
 // out[j] += scale times the sum over pack sums[j].
 M2MKD_INLINE void add_sums(const float (&sums)[4][kPack<float>], float scale, float* out) {
-  const Quad low = sum_pairs(sum_to_quad(sums[0]), sum_to_quad(sums[1]));
-  const Quad high = sum_pairs(sum_to_quad(sums[2]), sum_to_quad(sums[3]));
-  *reinterpret_cast<Quad*>(out) += scale * sum_pairs(low, high);
+  const Oct low = sum_pairs(sum_halves(sums[0]), sum_halves(sums[1]));
+  const Oct high = sum_pairs(sum_halves(sums[2]), sum_halves(sums[3]));
+  const Oct all = sum_pairs(low, high);
+  *reinterpret_cast<Quad*>(out) += scale * (__builtin_shufflevector(all, all, 0, 1, 2, 3) +
+                                            __builtin_shufflevector(all, all, 4, 5, 6, 7));
 }
 
 M2MKD_INLINE void add_sums(const double (&sums)[4][kPack<double>], double scale, double* out) {
@@ -91,40 +93,65 @@ M2MKD_INLINE void add_dots(const A* x, const A* matrix, const int32_t* index, in
   }
 }
 
-// out += the sum of weights[j] times row index[j].
+// out becomes, or grows by, the sum of weights[j] times row index[j] for the first Count j.
+template <int64_t Count, bool Grows, typename A>
+M2MKD_INLINE void sum_rows(const A* weights, const A* matrix, const int32_t* index, int64_t width,
+                           A* out) {
+  const auto row = [&](int64_t j) { return matrix + (j < Count ? index[j] * width : 0); };
+  const auto weight = [&](int64_t j) { return j < Count ? weights[j] : A(0); };
+  const A *r0 = row(0), *r1 = row(1), *r2 = row(2), *r3 = row(3);
+  const A *r4 = row(4), *r5 = row(5), *r6 = row(6), *r7 = row(7);
+  const A w0 = weight(0), w1 = weight(1), w2 = weight(2), w3 = weight(3);
+  const A w4 = weight(4), w5 = weight(5), w6 = weight(6), w7 = weight(7);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    A low = Grows ? out[i] : A(0), high = 0;
+    if constexpr (Count > 0) low += w0 * r0[i];
+    if constexpr (Count > 1) high += w1 * r1[i];
+    if constexpr (Count > 2) low += w2 * r2[i];
+    if constexpr (Count > 3) high += w3 * r3[i];
+    if constexpr (Count > 4) low += w4 * r4[i];
+    if constexpr (Count > 5) high += w5 * r5[i];
+    if constexpr (Count > 6) low += w6 * r6[i];
+    if constexpr (Count > 7) high += w7 * r7[i];
+    out[i] = low + high;
+  }
+}
+
+// out becomes the sum of weights[j] times row index[j]. The odd rows come first, in one jump: short
+// loops with a length of their own would cost more than the rows.
 template <typename A>
-M2MKD_INLINE void add_rows(const A* weights, const A* matrix, const int32_t* index, int64_t count,
+M2MKD_INLINE void sum_rows(const A* weights, const A* matrix, const int32_t* index, int64_t count,
                            int64_t packs, A* out) {
-  const int64_t width = packs * kPack<A>;
-  int64_t j = 0;
-  const auto row = [&](int64_t n) { return matrix + index[j + n] * width; };
-  for (; j + 8 <= count; j += 8) {
-    const A *r0 = row(0), *r1 = row(1), *r2 = row(2), *r3 = row(3);
-    const A *r4 = row(4), *r5 = row(5), *r6 = row(6), *r7 = row(7);
-    const A* w = weights + j;
-    const A w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7];
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const A low = w0 * r0[i] + w1 * r1[i] + w2 * r2[i] + w3 * r3[i];
-      const A high = w4 * r4[i] + w5 * r5[i] + w6 * r6[i] + w7 * r7[i];
-      out[i] += low + high;
-    }
+  const int64_t width = packs * kPack<A>, odd = count % 8;
+  switch (odd) {
+    case 0:
+      sum_rows<0, false>(weights, matrix, index, width, out);
+      break;
+    case 1:
+      sum_rows<1, false>(weights, matrix, index, width, out);
+      break;
+    case 2:
+      sum_rows<2, false>(weights, matrix, index, width, out);
+      break;
+    case 3:
+      sum_rows<3, false>(weights, matrix, index, width, out);
+      break;
+    case 4:
+      sum_rows<4, false>(weights, matrix, index, width, out);
+      break;
+    case 5:
+      sum_rows<5, false>(weights, matrix, index, width, out);
+      break;
+    case 6:
+      sum_rows<6, false>(weights, matrix, index, width, out);
+      break;
+    default:
+      sum_rows<7, false>(weights, matrix, index, width, out);
+      break;
   }
-  for (; j + 2 <= count; j += 2) {
-    const A *r0 = row(0), *r1 = row(1);
-    const A w0 = weights[j], w1 = weights[j + 1];
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      out[i] += w0 * r0[i] + w1 * r1[i];
-    }
-  }
-  if (j < count) {
-    const A* r0 = row(0);
-    const A w0 = weights[j];
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      out[i] += w0 * r0[i];
-    }
+  for (int64_t j = odd; j < count; j += 8) {
+    sum_rows<8, true>(weights + j, matrix, index + j, width, out);
   }
 }
 
@@ -134,15 +161,6 @@ M2MKD_INLINE void fill(A* row, A value, int64_t packs) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     row[i] = value;
-  }
-}
-
-template <typename A>
-M2MKD_INLINE void multiply(A* row, A factor, int64_t packs) {
-  const int64_t width = packs * kPack<A>;
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    row[i] *= factor;
   }
 }
 
@@ -196,7 +214,6 @@ M2MKD_INLINE void attend_block(const ForwardHead<A>& h, const Block& block) {
     add_dots(h.q + (u - h.begin) * width, h.k, h.sender + first, count, h.packs, h.scale,
              h.scores + place);
   });
-  A inverse[kBlockRows];
   for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
     A* scores = h.scores + place;
     const int64_t padded = whole_packs<A>(count);
@@ -212,14 +229,16 @@ M2MKD_INLINE void attend_block(const ForwardHead<A>& h, const Block& block) {
       scores[j] = exponential(scores[j] - shift);
       sum += scores[j];
     }
-    inverse[u - block.begin] = sum == A(0) ? A(0) : A(1) / sum;
+    const A inverse = sum == A(0) ? A(0) : A(1) / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < padded; ++j) {
+      scores[j] *= inverse;
+    }
     h.lse[u - h.begin] = sum == A(0) ? -kInfinity<A> : std::log(sum) + shift;
   });
   for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
     A* out = h.out + (u - h.begin) * width;
-    fill(out, A(0), h.packs);
-    add_rows(h.scores + place, h.v, h.sender + h.row_ptr[u], count, h.packs, out);
-    multiply(out, inverse[u - block.begin], h.packs);
+    sum_rows(h.scores + place, h.v, h.sender + h.row_ptr[u], count, h.packs, out);
   });
 }
 
@@ -255,12 +274,17 @@ M2MKD_INLINE void backward_block(const ReceiverGrad<A>& h, const Block& block) {
     for (int64_t j = 0; j < count; ++j) {
       edges[j] = {weights[j], slopes[j]};
     }
+    if (h.bias_grad != nullptr) {
+      std::copy(slopes, slopes + count, h.bias_grad + h.row_ptr[u]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < padded; ++j) {
+      slopes[j] *= h.scale;
+    }
   });
   for_rows<A>(block, h.row_ptr, [&](int64_t u, int64_t place, int64_t count) M2MKD_INLINE_LAMBDA {
-    A* q_grad = h.q_grad + (u - h.begin) * width;
-    fill(q_grad, A(0), h.packs);
-    add_rows(h.slopes + place, h.k, h.sender + h.row_ptr[u], count, h.packs, q_grad);
-    multiply(q_grad, h.scale, h.packs);
+    sum_rows(h.slopes + place, h.k, h.sender + h.row_ptr[u], count, h.packs,
+             h.q_grad + (u - h.begin) * width);
   });
 }
 
@@ -268,38 +292,48 @@ M2MKD_INLINE void backward_block(const ReceiverGrad<A>& h, const Block& block) {
 template <typename A>
 M2MKD_INLINE void backward_column(const SenderGrad<A>& h, int64_t v) {
   const int64_t row = (v - h.begin) * h.packs * kPack<A>;
-  const int64_t last = h.col_ptr[v + 1], all = h.col_ptr[h.end];
-  fill(h.k_grad + row, A(0), h.packs);
-  fill(h.v_grad + row, A(0), h.packs);
-  A weights[kChunk], slopes[kChunk];
-  for (int64_t first = h.col_ptr[v]; first < last; first += kChunk) {
-    const int64_t count = std::min(kChunk, last - first);
-    for (int64_t j = 0; j < count; ++j) {
-      const EdgeGrad<A> edge = h.edges[h.edge_id[first + j]];
-      weights[j] = edge.weight;
-      slopes[j] = edge.score;
-      __builtin_prefetch(h.edges + h.edge_id[std::min(first + j + kAhead, all - 1)]);
-    }
-    add_rows(weights, h.grad, h.receiver + first, count, h.packs, h.v_grad + row);
-    add_rows(slopes, h.q, h.receiver + first, count, h.packs, h.k_grad + row);
+  const int64_t first = h.col_ptr[v], count = h.col_ptr[v + 1] - first;
+  const int64_t all = h.col_ptr[h.end];
+  for (int64_t j = 0; j < count; ++j) {
+    const EdgeGrad<A> edge = h.edges[h.edge_id[first + j]];
+    h.weights[j] = edge.weight;
+    h.slopes[j] = h.scale * edge.score;
+    __builtin_prefetch(h.edges + h.edge_id[std::min(first + j + kAhead, all - 1)]);
   }
-  multiply(h.k_grad + row, h.scale, h.packs);
+  sum_rows(h.weights, h.grad, h.receiver + first, count, h.packs, h.v_grad + row);
+  sum_rows(h.slopes, h.q, h.receiver + first, count, h.packs, h.k_grad + row);
 }
 
+// Asks for the next head's keys and values, which lie behind those of this one, while this one is
+// worked on: for as large a part of them as the block is of this head's receivers.
 template <typename A>
-M2MKD_INLINE void attend_rows(const ForwardHead<A>& head) {
-  for (Block block{head.begin, head.begin}; block.end < head.end;) {
-    block = next_block(head.row_ptr, block.end, head.end);
-    attend_block(head, block);
+M2MKD_INLINE void fetch_next_head(const A* k, const A* v, int64_t packs, int64_t first,
+                                  int64_t last, int64_t rows) {
+  for (int64_t i = packs + packs * first / rows; i < packs + packs * last / rows; ++i) {
+    __builtin_prefetch(k + i * kPack<A>, 0, 2);
+    __builtin_prefetch(v + i * kPack<A>, 0, 2);
   }
 }
 
-template <typename A>
-M2MKD_INLINE void backward_rows(const ReceiverGrad<A>& head) {
-  for (Block block{head.begin, head.begin}; block.end < head.end;) {
-    block = next_block(head.row_ptr, block.end, head.end);
-    backward_block(head, block);
+// Calls f(block) for all blocks of a head's receivers.
+template <typename Head, typename F>
+M2MKD_INLINE void for_blocks(const Head& h, const F& f) {
+  for (Block block{h.begin, h.begin}; block.end < h.end;) {
+    block = next_block(h.row_ptr, block.end, h.end);
+    f(block);
+    fetch_next_head(h.k, h.v, h.fetched_packs, block.begin - h.begin, block.end - h.begin,
+                    h.end - h.begin);
   }
+}
+
+template <typename A>
+M2MKD_INLINE void attend_rows(const ForwardHead<A>& h) {
+  for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA { attend_block(h, block); });
+}
+
+template <typename A>
+M2MKD_INLINE void backward_rows(const ReceiverGrad<A>& h) {
+  for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA { backward_block(h, block); });
 }
 
 template <typename A>

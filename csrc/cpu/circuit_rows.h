@@ -36,7 +36,8 @@ struct EdgeGrad {
 };
 
 // Receivers [begin, end) of one head, forward. q, out and lse start at receiver begin, k and v at
-// sender 0; bias (or null), like sender, at edge 0. scores has room for scores_room numbers.
+// sender 0; bias (or null), like sender, at edge 0. scores has room for scores_room numbers. Of the
+// next head's keys and values fetched_packs are asked for meanwhile.
 template <typename A>
 struct ForwardHead {
   const A* q;
@@ -45,6 +46,7 @@ struct ForwardHead {
   const A* bias;
   const int32_t* row_ptr;
   const int32_t* sender;
+  int64_t fetched_packs;
   int64_t begin;
   int64_t end;
   int64_t packs;
@@ -55,7 +57,8 @@ struct ForwardHead {
 };
 
 // Receivers [begin, end) of one head, backward: the gradient of q, and of every edge. q, grad, lse
-// and q_grad start at receiver begin, edges at edge 0; weights and slopes are buffers like scores.
+// and q_grad start at receiver begin, edges and bias_grad (or null) at edge 0; weights and slopes
+// are buffers like scores.
 template <typename A>
 struct ReceiverGrad {
   const A* q;
@@ -66,6 +69,7 @@ struct ReceiverGrad {
   const A* bias;
   const int32_t* row_ptr;
   const int32_t* sender;
+  int64_t fetched_packs;
   int64_t begin;
   int64_t end;
   int64_t packs;
@@ -74,10 +78,11 @@ struct ReceiverGrad {
   A* slopes;
   A* q_grad;
   EdgeGrad<A>* edges;
+  A* bias_grad;
 };
 
 // Senders [begin, end) of one head, backward: the gradients of k and v, which start at sender
-// begin; q and grad start at receiver 0.
+// begin; q and grad start at receiver 0. weights and slopes have room for one sender's edges.
 template <typename A>
 struct SenderGrad {
   const A* q;
@@ -90,6 +95,8 @@ struct SenderGrad {
   int64_t end;
   int64_t packs;
   A scale;
+  A* weights;
+  A* slopes;
   A* k_grad;
   A* v_grad;
 };

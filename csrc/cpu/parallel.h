@@ -25,21 +25,31 @@ void parallel_items(int64_t count, int64_t item_bytes, const F& f) {
   torch::stable::parallel_for(0, count, grain, f);
 }
 
-// Calls f(lane, lanes) for every lane, at most one per thread. How work is cut depends only on the
-// number of threads, so results repeat bit for bit.
+// Among how many lanes, at most one per thread, to cut work that touches so many bytes. As that
+// depends only on the number of threads, results repeat bit for bit.
+inline int64_t lane_count(int64_t work_bytes) {
+  return std::clamp<int64_t>(work_bytes / kGrainBytes, 1, torch::stable::get_num_threads());
+}
+
+// Calls f(lane) for every lane, in parallel.
 template <typename F>
-void parallel_lanes(int64_t work_bytes, const F& f) {
-  const int64_t lanes =
-      std::clamp<int64_t>(work_bytes / kGrainBytes, 1, torch::stable::get_num_threads());
+void for_lanes(int64_t lanes, const F& f) {
   if (lanes == 1) {
-    f(int64_t{0}, int64_t{1});
+    f(int64_t{0});
     return;
   }
   torch::stable::parallel_for(0, lanes, 1, [&](int64_t begin, int64_t end) {
     for (int64_t lane = begin; lane < end; ++lane) {
-      f(lane, lanes);
+      f(lane);
     }
   });
+}
+
+// Calls f(lane, lanes) for the lanes that suit so many bytes of work.
+template <typename F>
+void parallel_lanes(int64_t work_bytes, const F& f) {
+  const int64_t lanes = lane_count(work_bytes);
+  for_lanes(lanes, [&](int64_t lane) { f(lane, lanes); });
 }
 
 }  // namespace m2mkd::cpu
