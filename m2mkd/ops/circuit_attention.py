@@ -4,7 +4,8 @@ SKMDPA of Neural Attentive Circuits (arXiv 2210.08031 section 3.2), after its ke
 Letters: B batch, H heads, U receivers, V senders, D head width, N edges.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from m2mkd.ops._selftest import has_kernels
 from m2mkd.ops.circuit import Circuit
 
 _OPS = torch.ops.m2mkd
+Gradients = Literal["none", "inputs", "bias"]
 IMPLEMENTATIONS = ("auto", "sparse", "dense", "reference")
 # Widest head the kernels take.
 MAX_WIDTH = 256
@@ -84,26 +86,36 @@ def _choose(
     width = q.shape[3]
     if not has_kernels(q.device) or not 1 <= width <= MAX_WIDTH:
         return "dense"
-    wants_bias_grad = torch.is_grad_enabled() and bias is not None and bias.requires_grad
-    limit = crossover(q.device.type, q.dtype, width, wants_bias_grad)
+    limit = crossover(q.device.type, q.dtype, width, circuit, gradients=_gradients(q, k, v, bias))
     return "sparse" if circuit.density <= limit else "dense"
 
 
-def crossover(device_type: str, dtype: torch.dtype, width: int, wants_bias_grad: bool) -> float:
-    """The density up to which `auto` takes the sparse kernel.
+def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Gradients:
+    """What a backward pass may follow to."""
+    if not torch.is_grad_enabled():
+        return "none"
+    if bias is not None and bias.requires_grad:
+        return "bias"
+    return "inputs" if q.requires_grad or k.requires_grad or v.requires_grad else "none"
 
-    On a CPU both times are measured (AVX2, one thread, widths 16, 64 and 128, float32 and bfloat16,
-    `benchmarks/bench_circuit_attention.py`): without a gradient of the bias they meet at 50 to 62 %
-    whatever the width. With one, torch leaves its fused kernel and spells attention out, which
-    costs less the wider heads are: they meet at 62 % for width 128 and at 84 to 93 % for 64, and
-    at width 16 the sparse kernel is faster on complete circuits too.
+
+def crossover(
+    device_type: str,
+    dtype: torch.dtype,
+    width: int,
+    circuit: Circuit,
+    gradients: Gradients,
+) -> float:
+    """The density up to which `auto` takes the sparse kernel.
 
     Args:
         device_type: cpu or cuda.
         dtype: Of the queries.
         width: Of a head.
-        wants_bias_grad: Whether a backward pass to the edges' biases may follow.
+        circuit: Of which only the numbers of receivers and senders count.
+        gradients: Whether a backward pass may follow, to q, k and v only, or to the biases too.
     """
+    half = dtype in (torch.float16, torch.bfloat16)
     if device_type == "cuda":
         # Estimated for an H100 from csrc/KERNELS.md, not measured, at D = 64. An edge of a head
         # takes sparse 1/21e9 s in half types and 1/11e9 s in float32 through L2, a third of that
@@ -111,8 +123,19 @@ def crossover(device_type: str, dtype: torch.dtype, width: int, wants_bias_grad:
         # some 300 TFLOP/s on tensor cores or 40 in float32, and 1e-12 s for its bias. They meet at
         # 4 % and 8 % of pairs, staged at 11 % and 34 %. With backward, dense takes 3.5 times as
         # long and writes a bias gradient per head, sparse 3 (half types 4) times: about the same.
-        return 0.04 if dtype in (torch.float16, torch.bfloat16) else 0.12
-    return min(1.0, 0.4 + 28 / width) if wants_bias_grad else 0.57
+        return 0.04 if half else 0.12
+    # Fitted to where the two times, measured with 2 threads, meet for 64 to 2048 receivers and
+    # senders of widths 16 to 128 (csrc/README.md): the larger the graph, the better dense attention
+    # uses its matrix products. For the gradient of biases torch leaves its fused kernel and spells
+    # attention out, which suits wide heads and small graphs only; its backward in half types lost
+    # at every density.
+    side = math.sqrt(max(1, circuit.num_receivers * circuit.num_senders))
+    if gradients == "none":
+        return 0.58 + 46 / side
+    if gradients == "inputs":
+        return 1.0 if half else 0.48 + 42 / side
+    wide = max(0, width - 64) / 320
+    return max(0.48 + 42 / side, min(0.95, math.log2(side) / 10 - 0.05) - wide)
 
 
 def _sparse(

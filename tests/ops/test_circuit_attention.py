@@ -281,17 +281,28 @@ def test_a_complete_circuit_is_full_attention() -> None:
 
 @needs_kernels
 def test_auto_takes_the_kernel_up_to_the_crossover_and_dense_above() -> None:
-    inputs = attention_inputs(Problem(1, 2, 40, 40, 64, "complete", "shared"), torch.float32)
-    q, k, v = (inputs[name] for name in ("q_BHUD", "k_BHVD", "v_BHVD"))
-    for wants_grad, biased in ((False, False), (True, False), (True, True)):
-        limit = crossover("cpu", torch.float32, 64, biased)
-        assert 0 < limit < 1
+    size = 200
+    graph = Problem(1, 1, size, size, 64, "complete", "none")
+    q, k, v = (
+        attention_inputs(graph, torch.float32)[f"{n}"] for n in ("q_BHUD", "k_BHVD", "v_BHVD")
+    )
+    complete = ops.Circuit.from_dense(torch.ones(size, size))
+    for gradients in ("none", "inputs", "bias"):
+        limit = crossover("cpu", torch.float32, 64, complete, gradients)
+        assert 0 < limit < 0.9
         for density, expected in ((0.9 * limit, "sparse"), (1.1 * limit, "dense")):
-            flat = torch.arange(1600) < density * 1600
-            circuit = ops.Circuit.from_dense(flat.view(40, 40))
-            bias = torch.zeros(circuit.num_edges, requires_grad=biased)
-            with torch.set_grad_enabled(wants_grad):
+            flat = torch.arange(size * size) < density * size * size
+            circuit = ops.Circuit.from_dense(flat.view(size, size))
+            bias = torch.zeros(circuit.num_edges, requires_grad=gradients == "bias")
+            with torch.set_grad_enabled(gradients != "none"):
                 assert _choose(q, k, v, circuit, bias, 1.0) == expected
+
+
+def test_dense_pays_earlier_in_larger_graphs() -> None:
+    small, large = (ops.Circuit.from_dense(torch.ones(n, n)) for n in (100, 400))
+    for gradients in ("none", "inputs"):
+        limits = [crossover("cpu", torch.float32, 64, c, gradients) for c in (small, large)]
+        assert limits[0] > limits[1]
 
 
 @pytest.mark.parametrize("impl", ["auto", "sparse", "dense", "reference"])
@@ -331,8 +342,11 @@ def test_the_kernel_itself_refuses_a_graph_that_reads_out_of_bounds(
 
 
 def test_on_cuda_half_types_go_dense_earlier_for_tensor_cores() -> None:
-    half, full = (crossover("cuda", dtype, 64, False) for dtype in (torch.bfloat16, torch.float32))
-    assert 0 < half < full < crossover("cpu", torch.float32, 64, False)
+    circuit = ops.Circuit.from_dense(torch.ones(4, 4))
+    half, full = (
+        crossover("cuda", dtype, 64, circuit, "none") for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert 0 < half < full < crossover("cpu", torch.float32, 64, circuit, "none")
 
 
 def test_on_cuda_the_dense_bias_has_the_dtype_of_the_queries(
