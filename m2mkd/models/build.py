@@ -246,7 +246,10 @@ def create_meta(
 def start_as_teacher(
     meta: VisionTransformer, teacher: VisionTransformer, depths: Sequence[int]
 ) -> None:
-    """Gives the meta model the teacher's input and output parts, and each module's first block.
+    """Gives the meta model the teacher's input and output parts, and one block of each module.
+
+    It is the first block with the same tensors: in a teacher that is a V-MoE, the meta model's block
+    may have experts where the module's first has none. Without such a block it stays as it was.
 
     Args:
         meta: The teacher's architecture with one block per module; it is changed.
@@ -255,8 +258,20 @@ def start_as_teacher(
     """
     stages = zip(split_vit(meta, [1] * len(depths)), split_vit(teacher, depths), strict=True)
     for own, theirs in stages:
-        weights = theirs.state_dict()
-        own.load_state_dict({name: weights[name] for name in own.state_dict()})
+        own.load_state_dict(_matching(own.state_dict(), theirs.state_dict(), len(theirs.blocks)))
+
+
+def _matching(
+    own: dict[str, Tensor], theirs: dict[str, Tensor], num_blocks: int
+) -> dict[str, Tensor]:
+    """What a stage of one block takes from one of several; its own where nothing fits the block."""
+    block = [name for name in own if name.startswith("blocks.0.")]
+    found = {name: theirs[name] for name in own if name not in block}
+    for i in range(num_blocks):
+        names = {name: name.replace("blocks.0.", f"blocks.{i}.", 1) for name in block}
+        if all(n in theirs and theirs[n].shape == own[name].shape for name, n in names.items()):
+            return found | {name: theirs[n] for name, n in names.items()}
+    return found | {name: own[name] for name in block}
 
 
 def resolve_depths(

@@ -169,6 +169,23 @@ def test_a_meta_model_starts_with_the_parts_of_its_teacher() -> None:
     assert teacher.head.weight.abs().sum() > 0
 
 
+def test_a_meta_model_of_a_vmoe_takes_the_blocks_that_fit_its_own() -> None:
+    def start(moe_blocks: str | list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sizes = {**SIZES, "num_experts": 2, "moe_blocks": moe_blocks}
+        teacher = create_vit("vmoe_tiny_patch16_224", sizes, **SHAPE)
+        meta = create_meta("vmoe_tiny_patch16_224", sizes, num_modules=2, **SHAPE)
+        weights = [block.attn.qkv.weight.clone() for block in meta.blocks]
+        start_as_teacher(meta, teacher, [2, 2])
+        theirs = [block.attn.qkv.weight for block in teacher.blocks]
+        assert torch.equal(meta.blocks[0].attn.qkv.weight, theirs[0])
+        return meta.blocks[1].attn.qkv.weight, torch.stack(list(theirs)), weights[1]
+
+    second, theirs, _ = start("every_2")  # experts in blocks 1 and 3, and in the meta model's 1
+    assert torch.equal(second, theirs[3])
+    second, theirs, fresh = start([1])  # the second module has no block with experts
+    assert torch.equal(second, fresh)
+
+
 def test_modules_that_do_what_the_teachers_do_have_nothing_to_learn() -> None:
     teacher = create_vit("vit_tiny_patch16_224", SIZES, **SHAPE)
     torch.nn.init.normal_(teacher.head.weight, std=0.5)  # timm's starts at zero: all alike
