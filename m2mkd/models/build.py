@@ -248,7 +248,7 @@ def start_as_teacher(
 ) -> None:
     """Gives the meta model the teacher's input and output parts, and one block of each module.
 
-    It is the first block with the same tensors: in a teacher that is a V-MoE, the meta model's block
+    It is the first block with the same tensors: in a V-MoE teacher, the meta model's block
     may have experts where the module's first has none. Without such a block it stays as it was.
 
     Args:
@@ -256,9 +256,9 @@ def start_as_teacher(
         teacher: The teacher.
         depths: Its blocks per module.
     """
-    stages = zip(split_vit(meta, [1] * len(depths)), split_vit(teacher, depths), strict=True)
-    for own, theirs in stages:
-        own.load_state_dict(_matching(own.state_dict(), theirs.state_dict(), len(theirs.blocks)))
+    own_stages, teacher_stages = split_vit(meta, [1] * len(depths)), split_vit(teacher, depths)
+    for own, theirs, depth in zip(own_stages, teacher_stages, depths, strict=True):
+        own.load_state_dict(_matching(own.state_dict(), theirs.state_dict(), depth))
 
 
 def _matching(
