@@ -58,9 +58,9 @@ def train(
     stop = StopRequest()
     with stopping_on_signals(stop):  # from here on, loading the libraries takes seconds
         from m2mkd.recipe import load_recipe
+        from m2mkd.train.execute import train as run_recipe
         from m2mkd.train.progress import Reporter
         from m2mkd.train.run import Run
-        from m2mkd.train.run import train as run_recipe
 
         settings = load_recipe(recipe, overrides)
         out = out or Path("runs") / settings.name

@@ -16,9 +16,10 @@ import yaml
 from m2mkd.errors import ConfigError
 from m2mkd.models.checkpoint import write_text
 from m2mkd.recipe import load_recipe
+from m2mkd.train.execute import train
 from m2mkd.train.parallel import check_parallel
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import Run, train
+from m2mkd.train.run import Run
 from m2mkd.train.stopping import Preempted, StopRequest, stopping_on_signals
 from m2mkd.train.world import World
 

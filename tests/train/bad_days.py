@@ -22,8 +22,8 @@ from tiny import metrics, tiny_recipe
 
 from m2mkd.recipe import Recipe
 from m2mkd.train.claim import check_free
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import train
 
 # What changes files, as Python's audit hooks name it. Native code writes between these.
 _WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime")

@@ -16,8 +16,9 @@ from m2mkd.errors import CheckpointError
 from m2mkd.models import create_meta, create_vit, split_vit, start_as_teacher
 from m2mkd.recipe import Recipe
 from m2mkd.train.alignment import hosting_meta
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import Run, train
+from m2mkd.train.run import Run
 
 SIZES = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 SHAPE: dict[str, Any] = {"num_classes": 10, "image_size": 8, "channels": 1}

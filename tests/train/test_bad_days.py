@@ -23,8 +23,8 @@ from m2mkd.errors import CheckpointError, DataError, TrainingError
 from m2mkd.models.checkpoint import newest_checkpoint, read_checkpoint
 from m2mkd.recipe import Recipe
 from m2mkd.train import data as data_module
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import train
 
 # Python 3.12 and later warn when a process with threads forks.
 pytestmark = pytest.mark.filterwarnings(
@@ -159,7 +159,7 @@ sys.path.insert(0, sys.argv[1])
 from tiny import tiny_recipe
 from m2mkd.errors import CheckpointError
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import train
+from m2mkd.train.execute import train
 disk, result = sys.argv[2:]
 recipe, run = tiny_recipe(checkpoint_every=1), Path(disk) / "run"
 def mount(options):

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import VALUES, metrics, tiny_recipe
 
 from m2mkd.errors import BusyError, CheckpointError
-from m2mkd.train import claim, run
+from m2mkd.train import claim, execute
 from m2mkd.train.claim import Claim, check_free
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import train
 from m2mkd.train.stopping import Preempted, StopRequest, stopping_on_signals
 
 quiet: list[str] = []
@@ -39,7 +39,7 @@ def hold(folder: Path, **changes: Any) -> dict[str, Any]:
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("_BEAT", 0.02), ("_EXPIRY", 0.5), ("_POLL", 0.01)):
         monkeypatch.setattr(claim, name, seconds)
-    monkeypatch.setattr(run, "_POLL", 0.05)
+    monkeypatch.setattr(execute, "_POLL", 0.05)
 
 
 def test_a_claim_is_given_up_at_the_end_and_by_an_error(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from tiny import metrics, tiny_recipe
 from m2mkd.errors import CheckpointError, ConfigError, TrainingError
 from m2mkd.recipe import DataConfig, Recipe
 from m2mkd.train.data import ImageData
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import train
 from m2mkd.train.world import World
 
 # Sums over processes are taken in another order than sums over a batch.

@@ -16,9 +16,10 @@ from m2mkd.models import NAC
 from m2mkd.models.checkpoint import load_model, read_checkpoint
 from m2mkd.recipe import Recipe
 from m2mkd.train.data import ImageData
+from m2mkd.train.execute import train
 from m2mkd.train.networks import Networks
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import Run, train
+from m2mkd.train.run import Run
 
 SIZES = {
     "tokenizer_dims": (8,),

@@ -22,12 +22,12 @@ from m2mkd.models.checkpoint import load_model
 from m2mkd.nn import MoEMlp
 from m2mkd.recipe import load_recipe
 from m2mkd.train.data import ImageData
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
 from m2mkd.train.report import grades as grading
 from m2mkd.train.report import rebuild_report, write_report
 from m2mkd.train.report.page import _cost, chance_range, duration, gains, t_interval
 from m2mkd.train.report.record import read_run
-from m2mkd.train.run import train
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ from tiny import SCHEDULE, VALUES, Killed, KillingReporter, metrics, tiny_recipe
 from m2mkd.errors import CheckpointError, ConfigError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
 from m2mkd.models.checkpoint import load_model
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
-from m2mkd.train.run import Run, train
+from m2mkd.train.run import Run
 from m2mkd.train.stopping import Interrupted
 
 

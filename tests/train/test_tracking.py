@@ -14,8 +14,8 @@ from tiny import SCHEDULE, metrics, tiny_recipe
 from m2mkd.errors import ConfigError, TrainingError
 from m2mkd.recipe import load_recipe
 from m2mkd.train import tracking
+from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter, remaining
-from m2mkd.train.run import train
 
 
 class FakeTracker:
