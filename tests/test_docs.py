@@ -60,10 +60,12 @@ def test_every_recipe_key_has_a_description() -> None:
 
 @pytest.mark.parametrize("name", list(builtin_recipes()))
 def test_built_in_recipes_are_valid_and_say_what_they_reached(name: str) -> None:
-    changes = ("data.root=.",) if name.startswith("fashion") else ()
+    text = builtin_recipes()[name]
+    changes = ("data.root=.",) if "\n  root: null" in text else ()
     assert load_recipe(name, changes).name == name
-    header = builtin_recipes()[name].split("name:")[0]
-    assert "cores" in header and "%" in header
+    header = text.split("name:")[0]
+    measured = "cores" in header and "%" in header
+    assert measured or "not run it" in header
 
 
 def test_every_option_has_a_help_text() -> None:
