@@ -51,14 +51,15 @@ inline std::vector<int64_t> read_offsets(const char* op, const Tensor& offsets, 
 }
 
 // Products of each expert's rows with its matrices. bfloat16 with widths of whole 16-byte packs
-// goes to torch's grouped GEMM, which needs no offsets on the host; everything else is one GEMM per
-// expert, after waiting for the offsets once.
+// goes to torch's grouped GEMM, which on cards of compute capability 9.0 and 10.0 needs no offsets
+// on the host (on others it loops itself); everything else is one GEMM per expert, after waiting
+// for the offsets once.
 class ExpertGemm {
  public:
   ExpertGemm(const char* op, const Tensor& rows, const Tensor& offsets, int64_t in, int64_t out,
              void* stream)
       : grouped_(rows.scalar_type() == ScalarType::BFloat16 && in % 8 == 0 && out % 8 == 0 &&
-                 rows.size(0) > 0),
+                 in > 0 && out > 0 && rows.size(0) > 0),
         offsets_(offsets) {
     if (!grouped_) {
       bounds_ = read_offsets(op, offsets, rows.size(0), stream);

@@ -57,6 +57,12 @@ class OnDevice {
   void* stream() const { return nullptr; }
 };
 
+// The CPU's grouped GEMM takes any address; CUDA's does not.
+inline void check_operand(const Tensor& operand) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(operand.const_data_ptr()) % 16 == 0,
+                  "grouped GEMM: an operand's address is not a multiple of 16 bytes");
+}
+
 inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }

@@ -80,3 +80,22 @@ def test_circuits_of_widths_that_fill_whole_groups_of_lanes(width: int, dtype: t
     globals()["TestSparse"]().check_agreement(
         test_circuit_attention.attention_inputs(problem, dtype)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_grouped_gemm_takes_views_at_any_address_and_stride(rows: int) -> None:
+    def view(*sizes: int) -> torch.Tensor:
+        wide = normal(torch.empty(*sizes[:-1], sizes[-1] + 3, dtype=torch.bfloat16))
+        # Of one row it is contiguous as it is, though its stride is odd.
+        part = wide[..., 1:-2]
+        return (part if rows == 1 else wide.flatten()[1:][: part.numel()].view(sizes)).detach()
+
+    inputs = {
+        "rows_MD": view(rows, 16).requires_grad_(),
+        "weight_EHD": normal(torch.empty(385, dtype=torch.bfloat16))[1:].view(3, 8, 16),
+        "bias_EH": None,
+        "offsets": torch.tensor([0, rows // 2, rows, rows], dtype=torch.int32),
+    }
+    assert inputs["rows_MD"].data_ptr() % 16 and inputs["weight_EHD"].data_ptr() % 16
+    inputs["weight_EHD"].requires_grad_()
+    globals()["TestGroupedLinear"]().check_agreement(inputs, lambda out: view(*out.shape))
