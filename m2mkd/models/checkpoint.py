@@ -181,7 +181,8 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
+        # Names of files need not be Unicode.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         _sync(partial)
         os.replace(partial, path)
     except OSError as error:

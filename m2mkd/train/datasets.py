@@ -30,27 +30,40 @@ def load_datasets(config: DataConfig) -> tuple[ImageDataset, ImageDataset]:
     above the size of the set keeps everything.
 
     Raises:
-        DataError: Files or folders are missing, empty, foreign or inconsistent.
+        DataError: Files or folders are missing, empty, foreign, inconsistent or not to be read; or
+            there are not two classes.
     """
-    mode = "L" if config.channels == 1 else "RGB"
-    root = None if config.root is None else config.root.expanduser()
-    family, _, name = config.dataset.partition("/")
-    if family == "digits":
-        train, validation = _digits(mode)
-    elif family == "hfds":
-        train, validation = archives.hugging_face(root, mode, name)
-    else:
-        assert root is not None  # DataConfig has checked it
-        if family == "wds":
-            train, validation = archives.tar_shards(root, mode, name)
-        elif family in ("cifar10", "cifar100"):
-            train, validation = archives.cifar(root, mode, family)
-        else:
-            train, validation = _IN_FOLDERS[family](root, mode)
+    try:
+        train, validation = _open_datasets(config)
+    except DataError:
+        raise
+    except OSError as error:  # such as a missing permission, anywhere in a tree
+        raise DataError(f"{config.dataset}: cannot read the data: {error}") from None
+    if validation.num_classes < 2:
+        raise DataError(
+            f"{config.dataset}: there is one class only, {validation.class_names[0]}, so there is "
+            f"nothing to tell apart; check data.root {config.root}"
+        )
     if config.train_limit is not None and config.train_limit < len(train):
         chosen = spread_over_classes(train.labels)[: config.train_limit]
         train = train.subset(np.sort(chosen))
     return train, validation
+
+
+def _open_datasets(config: DataConfig) -> tuple[ImageDataset, ImageDataset]:
+    mode = "L" if config.channels == 1 else "RGB"
+    root = None if config.root is None else config.root.expanduser()
+    family, _, name = config.dataset.partition("/")
+    if family == "digits":
+        return _digits(mode)
+    if family == "hfds":
+        return archives.hugging_face(root, mode, name)
+    assert root is not None  # DataConfig has checked it
+    if family == "wds":
+        return archives.tar_shards(root, mode, name)
+    if family in ("cifar10", "cifar100"):
+        return archives.cifar(root, mode, family)
+    return _IN_FOLDERS[family](root, mode)
 
 
 def spread_over_classes(labels: Indices) -> Indices:

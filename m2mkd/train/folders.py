@@ -1,14 +1,16 @@
 """Image sets in folders: one folder per class, and the layouts of ImageNet and its relatives.
 
 Classes are the names of their folders, in alphabetical order; for ImageNet's relatives these are
-WordNet ids, which is how an out-of-distribution set finds its classes among a network's.
+WordNet ids, which is how an out-of-distribution set finds its classes among a network's. Hidden
+files and folders do not count.
 """
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from m2mkd.errors import DataError
 from m2mkd.train.image_set import FileImages, ImageDataset, contents, some
@@ -108,19 +110,25 @@ def class_folders(root: Path, split: str, mode: str) -> ImageDataset:
             f"image_folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*, "
             f"but there is no folder {folder}; {contents(root)}{_looks_like(root)}"
         )
-    try:
-        class_names, class_to_index = find_classes(folder)
-        samples = make_dataset(folder, class_to_index, IMG_EXTENSIONS, allow_empty=True)
-    except FileNotFoundError:
+    class_names = _class_names(folder)
+    if not class_names:
         raise DataError(
             f"image_folder: expected one folder of images per class in {folder}; "
             f"{contents(folder)}{_looks_like(root)}"
-        ) from None
-    except OSError as error:
-        raise DataError(f"image_folder: cannot list {folder}: {error}") from None
+        )
+    skipped = len(str(folder))
+
+    def is_image(path: str) -> bool:
+        # A Mac's archives have a ._1.jpg for every 1.jpg, notebooks copies in .ipynb_checkpoints.
+        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[skipped:]
+
+    class_to_index = {name: index for index, name in enumerate(class_names)}
+    samples = make_dataset(folder, class_to_index, is_valid_file=is_image, allow_empty=True)
     labels = np.array([label for _, label in samples], dtype=np.int64)
     images_per_class = np.bincount(labels, minlength=len(class_names))
     empty = [class_names[index] for index in np.flatnonzero(images_per_class == 0)]
+    for name in empty:
+        os.listdir(folder / name)  # make_dataset passes over what it may not list
     if empty:
         raise DataError(
             f"image_folder: no image files ({', '.join(IMG_EXTENSIONS)}) in {folder} for "
@@ -128,6 +136,24 @@ def class_folders(root: Path, split: str, mode: str) -> ImageDataset:
         )
     images = FileImages([path for path, _ in samples], mode=mode)
     return ImageDataset(images, labels, class_names)
+
+
+def _class_names(folder: Path) -> list[str]:
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    broken = [entry.name for entry in entries if entry.is_symlink() and not entry.exists()]
+    if broken:
+        raise DataError(
+            f"image_folder: {folder} holds links that lead nowhere: {some(broken)}; mend or remove "
+            "them"
+        )
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    unnamed = [ascii(name) for name in names if name.encode("utf-8", "ignore") != os.fsencode(name)]
+    if unnamed:
+        raise DataError(
+            f"image_folder: {folder} has class folders whose names are not UTF-8: {some(unnamed)}; "
+            "rename them"
+        )
+    return names
 
 
 def _labelled(

@@ -203,8 +203,10 @@ def _decode(source: Any, mode: str, name: str) -> Image.Image:
         raise
     except UnidentifiedImageError:
         reason = "it is empty or in no known image format"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's formats raise many unrelated types on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
     raise DataError(f"cannot read image {name}: {reason}")
 
 

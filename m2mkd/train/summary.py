@@ -100,10 +100,11 @@ def _seconds(run: "Run", name: str) -> float:
 def _write_samples(run: "Run") -> None:
     """Held-out images as files named `INDEX_CLASS.png`, to try `m2mkd predict` on."""
     folder = run.out / "samples"
+    samples = run.data.sample_images(_SAMPLES)
     try:
         folder.mkdir(exist_ok=True)
-        for index, class_name, image in run.data.sample_images(_SAMPLES):
-            safe = "".join(c if c.isalnum() else "-" for c in class_name)
+        for index, class_name, image in samples:
+            safe = "".join(c if c.isalnum() else "-" for c in class_name[:60])
             image.save(folder / f"{index:05d}_{safe}.png")
     except OSError as error:
         raise write_failure(folder, error) from error

@@ -280,9 +280,9 @@ def test_images_of_the_right_size_are_only_mirrored_when_flipping_is_all() -> No
 def test_a_wide_image_keeps_its_aspect_in_training_and_validation(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 255  # the middle third is all that a square crop may see
-    for split in ("train", "val"):
-        (tmp_path / split / "only").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / split / "only" / "wide.png")
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / folder / "wide.png")
     data = folder_data(tmp_path, image_size=10)
     assert (images_of(list(data.train_batches(0))) == 1).all()
     assert (images_of(list(data.validation_batches())) == 1).all()

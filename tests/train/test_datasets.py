@@ -1,6 +1,8 @@
 """Data sets: where images and labels come from, and what is said when they cannot be had."""
 
 import gzip
+import os
+import shutil
 import struct
 from io import BytesIO
 from pathlib import Path
@@ -297,6 +299,44 @@ def test_a_class_without_image_files_is_reported(tmp_path: Path, split: str) -> 
     assert "no image files (.jpg" in message and f"{split} for class bee" in message
 
 
+def test_hidden_files_and_folders_are_no_images_and_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    before = [len(images) for images in load("image_folder", tmp_path)]
+    picture = next((tmp_path / "train" / "bee").iterdir()).read_bytes()
+    for split in ("train", "val"):
+        for folder in (tmp_path / split / "bee", tmp_path / split):
+            (folder / ".ipynb_checkpoints").mkdir()
+            (folder / ".ipynb_checkpoints" / "1.png").write_bytes(picture)
+        (tmp_path / split / "bee" / "._1.png").write_bytes(b"not an image")
+    assert [len(images) for images in load("image_folder", tmp_path)] == before
+
+
+def test_a_class_that_is_a_broken_link_is_reported(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "train" / "wasp").symlink_to(tmp_path / "gone")
+    assert "links that lead nowhere: wasp" in message_of("image_folder", tmp_path)
+
+
+def test_a_class_whose_name_is_no_text_is_reported(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    os.mkdir(os.fsencode(tmp_path / "train") + b"/\xff")
+    assert r"not UTF-8: '\udcff'; rename" in message_of("image_folder", tmp_path)
+
+
+def test_a_single_class_is_reported(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    for split in ("train", "val"):
+        for folder in (tmp_path / split).iterdir():
+            if folder.name != "bee":
+                shutil.rmtree(folder)
+    assert "one class only, bee" in message_of("image_folder", tmp_path)
+
+
+def test_a_folder_that_the_system_will_not_open_is_reported(tmp_path: Path) -> None:
+    message = message_of("imagenet", tmp_path / ("x" * 300))  # as a missing permission would be
+    assert "imagenet: cannot read the data: " in message and "File name too long" in message
+
+
 def damaged_files() -> dict[str, bytes]:
     random = np.random.RandomState(0)
     image = Image.fromarray(random.randint(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -310,6 +350,9 @@ def damaged_files() -> dict[str, bytes]:
     files["nearly_whole.jpg"] = stream.getvalue()[:-40]
     files["header.ppm"] = b"P6\n4x 4\n255\n" + bytes(48)
     files["bomb.ppm"] = b"P6\n100000 100000\n255\n"
+    stream = BytesIO()
+    image.save(stream, "DDS")
+    files["odd_pixels.dds"] = stream.getvalue()[:80] + bytes(4) + stream.getvalue()[84:]
     stream = BytesIO()
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(stream, "PNG")
     files["sixteen_bits.png"] = stream.getvalue()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from m2mkd.train.execute import train
 from m2mkd.train.progress import Reporter
 from m2mkd.train.report import grades as grading
 from m2mkd.train.report import rebuild_report, write_report
+from m2mkd.train.report.figures import confusion
 from m2mkd.train.report.page import _cost, chance_range, duration, gains, t_interval
 from m2mkd.train.report.record import read_run
 
@@ -344,6 +346,14 @@ def test_circuits_of_a_nac_are_on_the_page(run: Path, tmp_path: Path) -> None:
 def test_other_networks_have_no_circuits(run: Path, tmp_path: Path) -> None:
     assert grading.draw_circuits(load_model(run)[0], tmp_path / "circuits") == []
     assert not (tmp_path / "circuits").exists()
+
+
+def test_names_of_classes_are_drawn_as_they_are() -> None:
+    names = ["cents_$", "$\\frac$", "\u732b"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = confusion(np.eye(3), names)
+    assert all(name in svg for name in names)
 
 
 def test_the_interval_of_gains_is_students_t_over_seeds() -> None:

@@ -6,6 +6,7 @@ light and dark. Letters: C classes, E experts.
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,7 @@ _VARIABLES = {
 }
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of classes may hold dollar signs
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": _INK,
@@ -72,7 +74,9 @@ def plotting(
 ) -> Iterator[Plot]:
     """Opens a figure of `width` x `height` inches; `label` describes it to screen readers."""
     style: Any = {**_STYLE, "svg.hashsalt": label}
-    with mpl.rc_context(style):
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # The browser draws the text, with fonts of its own.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         grid = {"height_ratios": ratios} if ratios else None
