@@ -41,15 +41,16 @@ def tiny_imagenet(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
     The original has `train/WNID/images/*` and `val/images/*`, whose classes are in
     `val/val_annotations.txt`: file name, WordNet id and a box, separated by tabs.
     """
-    train = class_folders(root, "train", mode)
     annotations = root / "val" / "val_annotations.txt"
+    folder = root / "val" / "images"
+    if not (folder.is_dir() and _holds_images(folder)):
+        return image_folder(root, mode)
     if not annotations.is_file():
-        if (root / "val" / "images").is_dir():
-            raise DataError(
-                f"tiny_imagenet: {annotations} is missing, so the classes of {root}/val/images are "
-                "not known; copy it from the original archive"
-            )
-        return train, class_folders(root, "val", mode)
+        raise DataError(
+            f"tiny_imagenet: {annotations} is missing, so the classes of {folder} are not known; "
+            "copy it from the original archive"
+        )
+    train = class_folders(root, "train", mode)
     files = []
     for number, line in enumerate(_lines(annotations), start=1):
         fields = line.split("\t")
@@ -57,8 +58,8 @@ def tiny_imagenet(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
             raise DataError(
                 f"tiny_imagenet: {annotations} line {number} is not 'FILE<tab>WNID<tab>box': {line}"
             )
-        files.append((str(root / "val" / "images" / fields[0]), fields[1].strip()))
-    return train, _labelled(files, train.class_names, mode, str(annotations))
+        files.append((fields[0], fields[1].strip()))
+    return train, _labelled(files, folder, train.class_names, mode, annotations)
 
 
 def imagenet(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
@@ -83,8 +84,8 @@ def imagenet(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
     for row in csv.reader(_lines(solution)[1:]):
         if len(row) != 2 or not row[1].strip():
             raise DataError(f"imagenet: {solution} has a row that is not 'image,WNID box': {row}")
-        files.append((str(base / "val" / f"{row[0]}.JPEG"), row[1].split()[0]))
-    return train, _labelled(files, train.class_names, mode, str(solution))
+        files.append((f"{row[0]}.JPEG", row[1].split()[0]))
+    return train, _labelled(files, base / "val", train.class_names, mode, solution)
 
 
 def evaluation_folder(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
@@ -157,19 +158,23 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _labelled(
-    files: list[tuple[str, str]], class_names: list[str], mode: str, source: str
+    files: list[tuple[str, str]], folder: Path, class_names: list[str], mode: str, source: Path
 ) -> ImageDataset:
-    """Files with the names of their classes, which must be among the known ones."""
+    """Files of a folder with the names of their classes, which must be among the known ones."""
     position = {name: index for index, name in enumerate(class_names)}
-    foreign = {name for _, name in files} - set(class_names)
-    if foreign or not files:
+    if not files:
+        raise DataError(f"{source} names no image")
+    if foreign := {name for _, name in files} - set(class_names):
+        raise DataError(f"{source} names classes without a training folder: {some(foreign)}")
+    if missing := {file for file, _ in files} - set(os.listdir(folder)):
         raise DataError(
-            f"{source} names classes without a training folder: {some(foreign)}"
-            if foreign
-            else f"{source} names no image"
+            f"{source} names images that are not in {folder}: {some(missing)}; put all of them "
+            "there, or all into folders of their classes"
         )
     labels = np.array([position[name] for _, name in files], dtype=np.int64)
-    return ImageDataset(FileImages([path for path, _ in files], mode=mode), labels, class_names)
+    return ImageDataset(
+        FileImages([str(folder / file) for file, _ in files], mode=mode), labels, class_names
+    )
 
 
 def _lines(path: Path) -> list[str]:
@@ -200,8 +205,11 @@ def _looks_like(root: Path) -> str:
     val = root / "val"
     other = next((name for name in _OTHER_NAMES if name in folders), None)
     nested = next((f for f in folders.values() if (f / "train").is_dir()), None)
-    if (root / "wnids.txt").is_file() or (val / "val_annotations.txt").is_file():
+    is_tiny = (root / "wnids.txt").is_file() or (val / "val_annotations.txt").is_file()
+    if is_tiny and (val / "images").is_dir():
         hint = "Tiny-ImageNet in its original layout: set data.dataset: tiny_imagenet"
+    elif is_tiny and _is_flat(val):
+        hint = f"Tiny-ImageNet with its validation images moved: put them back into {val}/images"
     elif (root / _KAGGLE).is_dir() or _is_flat(val):
         hint = "ImageNet before its validation images were sorted: set data.dataset: imagenet"
     elif "cifar-100-python" in folders or "cifar-10-batches-py" in folders:

@@ -63,15 +63,37 @@ def test_tiny_imagenet_is_read_as_it_is_distributed(tiny_imagenet: Path) -> None
     assert validation.image(0).size == (8, 8)
 
 
+def sort_validation(root: Path, *, leave: int) -> None:
+    """Moves the validation images into folders of their classes, as users do, but for some."""
+    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    for line in lines[leave:]:
+        file, wnid = line.split("\t")[:2]
+        (root / "val" / wnid).mkdir()
+        (root / "val" / "images" / file).rename(root / "val" / wnid / file)
+    if not leave:
+        (root / "val" / "images").rmdir()
+
+
 def test_tiny_imagenet_may_have_its_validation_images_sorted(tiny_imagenet: Path) -> None:
-    (tiny_imagenet / "val" / "val_annotations.txt").unlink()
-    for path in (tiny_imagenet / "val" / "images").iterdir():
-        path.unlink()
-    (tiny_imagenet / "val" / "images").rmdir()
-    for wnid in WNIDS:
-        picture(tiny_imagenet / "val" / wnid / f"{wnid}.JPEG")
+    sort_validation(tiny_imagenet, leave=0)
+    picture(tiny_imagenet / "val" / WNIDS[1] / "val_2.JPEG")
     _, validation = load("tiny_imagenet", tiny_imagenet)
-    assert labelled(validation) == [(f"{wnid}.JPEG", wnid) for wnid in WNIDS]
+    assert labelled(validation) == [
+        ("val_1.JPEG", WNIDS[0]), ("val_2.JPEG", WNIDS[1]), ("val_0.JPEG", WNIDS[2])
+    ]  # fmt: skip
+
+
+def test_sorted_validation_images_must_have_the_training_classes(tiny_imagenet: Path) -> None:
+    sort_validation(tiny_imagenet, leave=0)
+    with pytest.raises(DataError, match=f"same class folders; only in train: {WNIDS[1]}") as caught:
+        load("tiny_imagenet", tiny_imagenet)
+    assert "This looks like" not in str(caught.value)
+
+
+def test_half_sorted_validation_images_are_reported(tiny_imagenet: Path) -> None:
+    sort_validation(tiny_imagenet, leave=1)
+    with pytest.raises(DataError, match=r"images that are not in .*val/images: val_1\.JPEG; put"):
+        load("tiny_imagenet", tiny_imagenet)
 
 
 def test_tiny_imagenet_without_its_annotations_says_what_is_missing(tiny_imagenet: Path) -> None:
