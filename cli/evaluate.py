@@ -194,8 +194,14 @@ def _probe(
     """A new head on the frozen network: few-shot episodes, or linear probing."""
     import torch
 
+    from m2mkd.errors import DataError
     from m2mkd.train import probe
 
+    if not len(data.train):
+        raise DataError(
+            "this data set is for evaluation only: a new head needs training images; arrange it as "
+            "train/CLASS/* and val/CLASS/* and set --data dataset=image_folder"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if few_shot is None:
         found = probe.linear_probe(opened.model, data, device)

@@ -107,9 +107,10 @@ def class_folders(root: Path, split: str, mode: str) -> ImageDataset:
     """
     folder = root / split
     if not folder.is_dir():
+        layout = f"{root}/train/CLASS/* and {root}/val/CLASS/*" if split else f"{root}/CLASS/*"
         raise DataError(
-            f"image_folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*, "
-            f"but there is no folder {folder}; {contents(root)}{_looks_like(root)}"
+            f"image_folder: expected {layout}, but there is no folder {folder}; "
+            f"{contents(root)}{_looks_like(root)}"
         )
     class_names = _class_names(folder)
     if not class_names:

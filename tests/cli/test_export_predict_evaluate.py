@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from m2mkd.cli.main import main
 from m2mkd.models.checkpoint import load_model
@@ -248,6 +249,16 @@ def test_a_file_cannot_be_given_a_new_head(folder: Path) -> None:
     for option in (("--linear-probe",), ("--few-shot", "3x2")):
         result = run("evaluate", folder / "a.onnx", *option)
         assert result.exit_code == 2 and "need a run, not an ONNX file" in result.stderr
+
+
+def test_an_evaluation_set_cannot_train_a_new_head(folder: Path, tmp_path: Path) -> None:
+    for name in NAMES[:2]:
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
+    changed = ("--data", "dataset=imagenet_r", "--data", f"root={tmp_path}")
+    for option in (("--linear-probe",), ("--few-shot", "2x1")):
+        result = run("evaluate", folder / "run", *changed, *option)
+        assert_one_line_error(result, "for evaluation only", "needs training images")
 
 
 def test_damage_of_a_run_is_kept_for_its_report(folder: Path, tmp_path: Path) -> None:

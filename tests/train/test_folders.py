@@ -180,6 +180,11 @@ def test_out_of_distribution_sets_hold_no_training_images(tmp_path: Path, datase
     assert train.class_names == validation.class_names == list(WNIDS[:2])
 
 
+def test_a_missing_evaluation_set_is_told_its_own_layout(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"expected {tmp_path}/gone/CLASS/\\*, but there is no"):
+        load("imagenet_a", tmp_path / "gone")
+
+
 def test_no_recipe_trains_on_an_evaluation_set() -> None:
     values: dict[str, Any] = {**VALUES, "data": {**VALUES["data"], "dataset": "imagenet_r"}}
     values["data"]["root"] = "/somewhere"
