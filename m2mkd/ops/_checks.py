@@ -74,6 +74,14 @@ def check_size(op: str, what: str, found: int, expected: int, why: str) -> None:
         raise ShapeError(f"{op}: {what} is {found}, but {why} is {expected}")
 
 
+def check_width(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ShapeError where heads hold no numbers."""
+    if tensor.shape[-1] == 0:
+        raise ShapeError(
+            f"{op}: heads of {name} {tuple(tensor.shape)} have width 0; give them at least 1"
+        )
+
+
 def check_indexable(op: str, what: str, count: int) -> None:
     """Raises ShapeError where `count` rows cannot be numbered in int32."""
     if count > INT32_MAX:
@@ -327,6 +335,7 @@ def check_circuit_attention(
         strict=True,
     ):
         check_size(op, f"{letter} of k", found, expected, f"{letter} of q")
+    check_width(op, "q", q_BHUD)
     if edge_bias is not None:
         check_float(op, "edge_bias", edge_bias)
         edges = circuit.num_edges
@@ -355,6 +364,7 @@ def check_read_in(
     scales = {"key_scale": key_scale_UD, "value_scale": value_scale_UD}
     check_together(op, "q", q_BHUK, **others, **scales, value_bias=value_bias)
     check_same_dtype(op, "q", q_BHUK, **others, **scales, value_bias=value_bias)
+    check_width(op, "q", q_BHUK)
     batch, heads, latents, head_width = q_BHUK.shape
     width = x_BVD.shape[2]
     check_size(op, "B of x", x_BVD.shape[0], batch, "B of q")

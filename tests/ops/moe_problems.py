@@ -92,7 +92,7 @@ PROBLEMS = [
     ),
 ]
 SMALL = Problem(5, 3, 4, 3, 2, capacity=3)
-COMPILED = [Problem(12, 6, 10, 4, 2), Problem(17, 6, 10, 4, 2)]
+COMPILED = [Problem(12, 8, 12, 4, 2), Problem(17, 8, 12, 4, 2)]
 
 
 def any_problem() -> st.SearchStrategy[Problem]:

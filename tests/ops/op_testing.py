@@ -148,6 +148,13 @@ def strided(tensor: Tensor) -> Tensor:
     return view.detach().requires_grad_(tensor.requires_grad)
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values, dense, but not at a whole 16-byte address; a leaf like the original."""
+    view = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    view.copy_(tensor.detach())
+    return view.detach().requires_grad_(tensor.requires_grad)
+
+
 def every_tensor(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The inputs with each tensor changed, also those inside named tuples."""
     changed: Inputs = pytree.tree_map_only(Tensor, change, inputs)
@@ -194,7 +201,8 @@ class OpTests:
         name: Of the function in `m2mkd.ops` and in `m2mkd.ops.reference`.
         problems: pytest parameters, compared in every dtype.
         small: A problem of a few numbers.
-        compiled: Two problems that differ in the sizes a trace should leave open.
+        compiled: Two problems that differ in the sizes a trace should leave open, with widths of
+            whole 16-byte packs in float32.
         any_problem: What hypothesis draws from, small too.
         dtypes: Of the comparison with the reference.
         region_dtype: Dtype of the result under bfloat16 autocast of float32 inputs.
@@ -271,6 +279,12 @@ class OpTests:
     def test_strided_inputs_are_accepted(self, device: str) -> None:
         inputs = self.inputs(self.small, torch.float64, device)
         self.check_agreement(every_tensor(inputs, strided))
+
+    def test_each_input_may_lie_at_any_address(self, device: str) -> None:
+        inputs = self.inputs(self.compiled[0], torch.float32, device)
+        for _, case in one_changed(inputs, shifted):
+            self.check_agreement(case)
+        self.check_agreement(inputs, lambda out: shifted(normal(out)))
 
     @needs_kernels
     # opcheck itself looks at .grad of tensors that are not leaves.

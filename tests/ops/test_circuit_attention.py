@@ -220,6 +220,13 @@ class TestSparse(DifferentiableOpTests):
         assert torch.equal(out.isnan(), expected.isnan())
         assert out.isnan().any()
 
+    def test_an_infinite_value_is_not_made_nan(self) -> None:
+        # Of the last edge of each receiver, which vector code may take for those past the end.
+        inputs = attention_inputs(Problem(graph="complete", bias="shared"), torch.float32)
+        infinite = inputs["v_BHVD"].detach().clone()
+        infinite[:, :, -1] = torch.inf
+        assert sparse(**{**inputs, "v_BHVD": infinite}).eq(torch.inf).all()
+
     def test_widths_over_256_are_refused(self) -> None:
         inputs = attention_inputs(Problem(width=257), torch.float32)
         with pytest.raises(ShapeError, match="no sparse kernel for width 257"):
@@ -315,6 +322,7 @@ def test_every_form_names_what_does_not_fit(impl: str) -> None:
         "U of q is 3, but the circuit's receivers is 4": {"q_BHUD": inputs["q_BHUD"][:, :, 1:]},
         "H of k is 2, but H of q is 1": {"q_BHUD": inputs["q_BHUD"][:, 1:]},
         "D of k is 3, but D of q is 2": {"q_BHUD": inputs["q_BHUD"][..., 1:]},
+        "width 0": {n: inputs[n][..., :0] for n in ("q_BHUD", "k_BHVD", "v_BHVD")},
         "edge_bias has shape": {"edge_bias": inputs["edge_bias"][1:]},
     }
     for message, change in wrong.items():

@@ -115,6 +115,7 @@ def test_memory_does_not_hold_a_key_for_every_pair() -> None:
 @pytest.mark.parametrize(
     ("index", "tensor", "message"),
     [
+        (0, torch.rand(2, 3, 4, 0).double(), "have width 0"),
         (1, torch.rand(3, 5, 7).double(), "B of x is 3, but B of q is 2"),
         (1, torch.rand(2, 0, 7).double(), "no tokens to attend to"),
         (1, torch.rand(2, 5, 7), "x is torch.float32, but q is torch.float64"),
