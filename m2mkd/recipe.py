@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -171,11 +172,31 @@ class Schedule(_Section):
         return self
 
 
+# Arguments of timm.create_model that other keys decide.
+_DECIDED = {
+    "num_classes": "the data set decides it",
+    "img_size": "set data.image_size",
+    "in_chans": "set data.channels",
+    "drop_path_rate": "set drop_path of a schedule",
+    "pretrained": "set teacher.pretrained",
+    "checkpoint_path": "set teacher.checkpoint",
+}
+
+
+def _check_model_args(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value.keys() & _DECIDED.keys():
+        raise ValueError(f"{name} does not belong here: {_DECIDED[name]}")
+    return value
+
+
+ModelArgs = Annotated[dict[str, Any], AfterValidator(_check_model_args)]
+
+
 class TeacherConfig(_Section):
     """The monolithic ViT whose knowledge moves, and how it is cut into modules."""
 
     model: str = Field(description="any timm VisionTransformer")
-    model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
+    model_args: ModelArgs = Field(default_factory=dict, description="passed to create_model")
     depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
     pretrained: bool = Field(False, description="weights from the hub")
     checkpoint: Path | None = Field(
@@ -216,7 +237,7 @@ class StudentConfig(_Section):
     """The modular student."""
 
     model: str = Field(description="a model of m2mkd.models, such as vmoe_tiny_patch16_224")
-    model_args: dict[str, Any] = Field(default_factory=dict, description="passed to create_model")
+    model_args: ModelArgs = Field(default_factory=dict, description="passed to create_model")
     depths: list[Positive] | Literal["auto"] = Field("auto", description="blocks per module")
     upcycle_from: Path | None = Field(
         None, description="a dense ViT whose weights it starts with: a file, or RUN/teacher"

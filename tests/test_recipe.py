@@ -230,6 +230,8 @@ def test_a_wrong_value_is_shown_with_its_key(small: str, override: str, where: s
             ["teacher.pretrained=true", "teacher.incubate={epochs: 1, lr: 1.0}"],
             "leave it out for given weights",
         ),
+        (["teacher.model_args.img_size=8"], "img_size does not belong here: set data.image_size"),
+        (["student.model_args.num_classes=8"], "does not belong here: the data set decides it"),
         (["distill.assembly=fold"], "but stitch is norm_linear; set stitch: linear"),
     ],
 )

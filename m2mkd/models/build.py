@@ -69,6 +69,11 @@ def create_network(
         raise ConfigError(
             f"model {name} is a {type(model).__name__}; modules are cut from {_FAMILIES}, and nac_*"
         )
+    if isinstance(model, VisionTransformer) and model.patch_embed.num_patches == 0:
+        raise ConfigError(
+            f"model {name} has patches of {model.patch_embed.patch_size[0]} pixels, more than "
+            f"images of {image_size} have; set patch_size in its model_args, or data.image_size"
+        )
     return model
 
 
@@ -162,13 +167,22 @@ def read_weights(model: VisionTransformer, path: Path, *, setting: str) -> dict[
         weights: dict[str, Tensor] = checkpoint_filter_fn(
             load_state_dict(str(path), weights_only=True), model
         )
-        stem = "patch_embed.proj.weight"
-        weights[stem] = adapt_input_conv(model.in_chans, weights[stem])
     except Exception as error:  # unpicklers and safetensors raise many unrelated types
-        reason = _first_line(error)
-        raise CheckpointError(f"{setting} {path} is not a readable ViT checkpoint: {reason}") from (
-            error
+        reason = f"{type(error).__name__}: {_first_line(error)[:200]}"
+        raise CheckpointError(
+            f"{setting} {path} is not a readable ViT checkpoint ({reason}); it must be whole, and "
+            "hold tensors by name, as torch.save(model.state_dict(), ...) writes them"
+        ) from error
+    stem = "patch_embed.proj.weight"
+    if stem not in weights:
+        there = ", ".join(map(str, list(weights)[:3])) or "nothing"
+        raise CheckpointError(
+            f"{setting} {path} has no {stem}, as timm's ViTs do; it starts with {there}; take a "
+            "file that timm wrote, of a ViT"
         )
+    if odd := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise CheckpointError(f"{setting} {path} holds NaN or infinite values, in {odd[0]}")
+    weights[stem] = adapt_input_conv(model.in_chans, weights[stem])
     return weights
 
 
@@ -201,7 +215,9 @@ def place_weights(
         missing, unplaced = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{source} does not fit: {detail}") from None
+        raise CheckpointError(
+            f"{source} does not fit the model and its model_args: {detail}"
+        ) from (None)
     problems = [f"no place for {name}" for name in unplaced]
     problems += [
         f"{name} is missing"
@@ -296,6 +312,11 @@ def resolve_depths(
     """
     if isinstance(depths, str):
         count = num_modules or min(DEFAULT_MODULES, num_blocks)
+        if count > num_blocks:
+            raise ConfigError(
+                f"{what} auto: {count} modules need at least as many blocks, but this model has "
+                f"{num_blocks}; give it more, or set teacher.depths and student.depths"
+            )
         return balanced_depths(num_blocks, count) if costs is None else cut_evenly(costs, count)
     check_depths(depths, num_blocks, what=what)
     if num_modules is not None and len(depths) != num_modules:

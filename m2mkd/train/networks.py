@@ -24,6 +24,7 @@ from m2mkd.models import (
     create_vit,
     load_pretrained_vit,
     resolve_depths,
+    split_vit,
     upcycle_from,
 )
 from m2mkd.models.checkpoint import ModelCard, weights_file
@@ -68,6 +69,7 @@ class Networks:
             num_modules=count,
             costs=count_flops(teacher, recipe.data.image_size) if is_auto else None,
         )
+        split_vit(teacher, self.teacher_depths)  # fails now where it would fail later
         self.teacher_dim = teacher.embed_dim
         self._student = make_student(
             recipe, student, self._seeded_student, len(self.teacher_depths), self.teacher_dim

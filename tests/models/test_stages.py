@@ -15,6 +15,7 @@ from m2mkd.models import (
     balanced_depths,
     count_flops,
     create_meta,
+    create_network,
     create_vit,
     cut_evenly,
     load_pretrained_vit,
@@ -220,5 +221,21 @@ def test_teacher_files_that_are_no_weights_are_named(tmp_path) -> None:
         load(garbage)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"some.weight": torch.zeros(3)}, foreign)
-    with pytest.raises(CheckpointError, match=r"foreign\.safetensors is not a readable ViT"):
+    with pytest.raises(CheckpointError, match=r"foreign\.safetensors has no patch_embed.*some\.we"):
         load(foreign)
+    weights = timm.create_model(
+        "vit_tiny_patch16_224", **SMALL, num_classes=SHAPE["num_classes"],
+        img_size=SHAPE["image_size"], in_chans=SHAPE["channels"],
+    ).state_dict()  # fmt: skip
+    weights["norm.bias"][0] = float("nan")
+    torch.save({"model": weights}, tmp_path / "broken.pth")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values, in norm\.bias"):
+        load(tmp_path / "broken.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="hold tensors by name"):
+        load(tmp_path / "list.pth")
+
+
+def test_patches_larger_than_the_image_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"patches of 16 pixels, more than images of 8 have"):
+        create_network("vit_tiny_patch16_224", {}, num_classes=2, image_size=8, channels=1)

@@ -444,6 +444,15 @@ def test_leaving_bad_images_out_repeats_nothing(reference: tuple[Path, dict[str,
     assert reporter.reported == []
 
 
+def test_networks_that_cannot_be_cut_are_refused_before_training(tmp_path: Path) -> None:
+    distilled = tiny_recipe(teacher__model="deit_tiny_distilled_patch16_224")
+    with pytest.raises(ConfigError, match="VisionTransformerDistilled cannot be cut into modules"):
+        Run(distilled, tmp_path, Reporter(quiet=True))
+    unsaid = tiny_recipe(teacher__depths="auto", student__depths="auto")
+    with pytest.raises(ConfigError, match=r"student\.depths auto: 4 modules need .* has 2; give"):
+        Run(unsaid, tmp_path, Reporter(quiet=True))
+
+
 def test_other_data_in_the_same_recipe_is_other_work(
     reference: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
