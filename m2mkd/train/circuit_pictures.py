@@ -72,11 +72,11 @@ def plot_circuit_history(lines: Sequence[dict[str, Any]], path: Path) -> None:
         "count": ("components", "isolated", "self_only", "unheard"),
     }
     for axes, (label, names) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+        highest = max(statistics[name] for _, statistics in found for name in names)
         for name in names:
             values = [statistics[name] for _, statistics in found]
             axes.plot(epochs, values, marker=".", label=name.replace("_", " "))
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, 1.1 * highest or 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
