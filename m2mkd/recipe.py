@@ -293,7 +293,9 @@ Baseline = Literal["end_to_end_only", "equal_updates", "logit_kd"]
 class Recipe(_Section):
     """A whole run: data, models, and the settings of every stage."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="names the default run folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="names the default run folder"
+    )
     seed: int = Field(0, ge=0, description="of weights, data order, augmentation and noise")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of training")
     lr_base_size: Positive | None = Field(
@@ -344,7 +346,17 @@ class Recipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 does; PyYAML's own rule wants 1.0e-3."""
+    """Reads 1e-3 as a number, as YAML 1.2 does; PyYAML's own rule wants 1.0e-3.
+
+    A key that comes twice is an error; PyYAML takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.YAMLError(f"the key '{key.value}' comes twice{key.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -478,6 +490,8 @@ def _describe(item: Any) -> str:
     if item["type"] == "missing":
         return f"'{where}' is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
+    message = message.replace("a valid tuple", "a list")
+    message = re.sub("a valid dictionary( or instance of .*)?", "keys with values", message)
     if item["type"] == "value_error":
         return f"{where}: {message}"
     expected = item.get("ctx", {}).get("expected")

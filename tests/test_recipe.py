@@ -299,6 +299,22 @@ def test_an_override_that_is_no_yaml_is_reported(small: str, override: str) -> N
     assert f"--set {override} is not valid YAML" in mistake(small, override)
 
 
+def test_a_key_that_comes_twice_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(SMALL + "meta: {epochs: 3, lr: 1.0}\n")
+    assert "the key 'meta' comes twice" in mistake(str(path))
+
+
+def test_a_name_is_no_way_out_of_the_folder_of_runs(small: str) -> None:
+    assert "name='..': string should match pattern" in mistake(small, "name=..")
+
+
+def test_kinds_of_values_are_named_in_words(small: str) -> None:
+    message = mistake(small, "tracking=tensorboard", "meta=3")
+    assert "tracking='tensorboard': input should be a list" in message
+    assert "meta=3: input should be keys with values" in message
+
+
 # --- the validated recipe
 
 

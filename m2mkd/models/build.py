@@ -60,9 +60,10 @@ def create_network(
         raise ConfigError(f"timm has no model '{name}'{did_you_mean(name, known)}")
     try:
         model = timm.create_model(name, **args)
-    except (TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, AssertionError, LookupError, ZeroDivisionError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, LookupError) else str(error)
         raise ConfigError(
-            f"model {name} cannot be built with {model_args}: {error}; it must be one of "
+            f"model {name} cannot be built with {model_args}: {reason}; it must be one of "
             f"{_FAMILIES}, or a nac_*"
         ) from None
     if not isinstance(model, (VisionTransformer, NAC)):

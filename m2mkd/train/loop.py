@@ -20,12 +20,18 @@ import torch
 from accelerate import Accelerator
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from m2mkd.errors import CheckpointError, ConfigError, NotFiniteError, TrainingError
+from m2mkd.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFiniteError,
+    TrainingError,
+    did_you_mean,
+)
 from m2mkd.models.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -43,6 +49,7 @@ from m2mkd.train.stopping import StopRequest
 from m2mkd.train.world import World
 
 _LOG_EVERY = 10  # optimiser steps between lines of metrics.jsonl
+_SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")  # of timm, to suggest
 # Names whose tensors have more than one dimension but are biases or tokens: never decayed.
 _NO_DECAY = (
     *("pos_embed", "cls_token", "reg_token", "fc1_bias", "fc2_bias"),
@@ -449,7 +456,8 @@ def _make_optimizer(module: nn.Module, schedule: Schedule, setting: str) -> torc
             groups, opt=schedule.optimizer, lr=schedule.lr, weight_decay=schedule.weight_decay
         )
     except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"{setting}.optimizer={schedule.optimizer!r}: {error}") from None
+        hint = did_you_mean(schedule.optimizer, map(str, list_optimizers()))
+        raise ConfigError(f"{setting}.optimizer={schedule.optimizer!r}: {error}{hint}") from None
     return optimizer
 
 
@@ -466,7 +474,8 @@ def _make_scheduler(optimizer: Any, schedule: Schedule, setting: str, steps_per_
             updates_per_epoch=steps_per_epoch,
         )
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"{setting}.scheduler={schedule.scheduler!r}: {error}") from None
+        hint = did_you_mean(schedule.scheduler, _SCHEDULERS) or "; use cosine"
+        raise ConfigError(f"{setting}.scheduler={schedule.scheduler!r}: {error}{hint}") from None
     if scheduler is None or schedule.scheduler == "plateau":
         raise ConfigError(
             f"{setting}.scheduler={schedule.scheduler!r} does not follow from the step alone, "

@@ -51,7 +51,8 @@ class Networks:
 
     def __init__(self, recipe: Recipe, data: ImageData) -> None:
         self.recipe = recipe
-        self.teacher_file = _teacher_file(recipe.teacher.checkpoint)
+        self.teacher_file = _given_file("teacher.checkpoint", recipe.teacher.checkpoint)
+        _given_file("student.upcycle_from", recipe.student.upcycle_from)
         self._data = data
         self._shape: dict[str, Any] = {
             "num_classes": data.num_classes,
@@ -230,9 +231,9 @@ def _check_tokens(teacher: VisionTransformer, student: VisionTransformer) -> Non
         )
 
 
-def _teacher_file(path: Path | None) -> Path | None:
+def _given_file(setting: str, path: Path | None) -> Path | None:
     if path is not None and not path.exists():
-        raise CheckpointError(f"teacher.checkpoint {path} does not exist")
+        raise CheckpointError(f"{setting} {path} does not exist")
     return None if path is None else weights_file(path)
 
 

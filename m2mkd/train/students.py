@@ -28,6 +28,11 @@ class VMoEStudent:
         self._recipe = recipe
         self._create = create
         self._teacher_dim = teacher_dim
+        if recipe.distill.nac_context != "alone":
+            raise ConfigError(
+                f"distill.nac_context {recipe.distill.nac_context} is for NACs, and student.model "
+                f"{recipe.student.model} is none; leave it out"
+            )
         self.depths = resolve_depths(
             recipe.student.depths,
             len(network.blocks),

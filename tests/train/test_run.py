@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import SCHEDULE, VALUES, Killed, KillingReporter, metrics, tiny_recipe
 
-from m2mkd.errors import CheckpointError, ConfigError, TrainingError
+from m2mkd.errors import CheckpointError, ConfigError, M2MKDError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
 from m2mkd.models.checkpoint import load_model
 from m2mkd.train.execute import train
@@ -442,6 +442,23 @@ def test_leaving_bad_images_out_repeats_nothing(reference: tuple[Path, dict[str,
     reporter = KillingReporter()
     train(tiny_recipe(data__on_bad_image="skip"), reference[0], reporter)
     assert reporter.reported == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("meta__scheduler", "cosin", "did you mean 'cosine'"),
+        ("meta__optimizer", "adamww", "did you mean 'adamw'"),
+        ("teacher__model_args", {"act_layer": "gellu"}, "cannot be built with .*: no 'gellu'"),
+        ("distill__nac_context", "circuit", "nac_context circuit is for NACs"),
+        ("student__upcycle_from", "/gone.pth", r"student\.upcycle_from /gone\.pth does not exist"),
+    ],
+)
+def test_settings_that_a_library_would_refuse_later_are_refused_now(
+    tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    with pytest.raises(M2MKDError, match=words):
+        Run(tiny_recipe(**{key: value}), tmp_path, Reporter(quiet=True))
 
 
 def test_networks_that_cannot_be_cut_are_refused_before_training(tmp_path: Path) -> None:
