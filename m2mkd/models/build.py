@@ -14,7 +14,7 @@ from timm.models import adapt_input_conv, load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from m2mkd.errors import CheckpointError, ConfigError, did_you_mean
+from m2mkd.errors import CheckpointError, ConfigError, did_you_mean, first_line
 from m2mkd.models import vmoe as _vmoe  # noqa: F401  (registers students)
 from m2mkd.models.nac import NAC
 from m2mkd.models.stages import balanced_depths, check_depths, cut_evenly, split_vit
@@ -138,7 +138,7 @@ def load_pretrained_vit(
         raise
     except Exception as error:  # hub clients raise many unrelated types
         raise CheckpointError(
-            f"cannot load weights of {name} from the hub: {_first_line(error)}; without network "
+            f"cannot load weights of {name} from the hub: {first_line(error)}; without network "
             "access, name a local file in teacher.checkpoint"
         ) from error
 
@@ -169,7 +169,7 @@ def read_weights(model: VisionTransformer, path: Path, *, setting: str) -> dict[
             load_state_dict(str(path), weights_only=True), model
         )
     except Exception as error:  # unpicklers and safetensors raise many unrelated types
-        reason = f"{type(error).__name__}: {_first_line(error)[:200]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
         raise CheckpointError(
             f"{setting} {path} is not a readable ViT checkpoint ({reason}); it must be whole, and "
             "hold tensors by name, as torch.save(model.state_dict(), ...) writes them"
@@ -228,10 +228,6 @@ def place_weights(
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:5])}")
     return not any(name.startswith("head.") for name in missing)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def create_meta(

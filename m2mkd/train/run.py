@@ -415,7 +415,7 @@ class Run:
         )
         with (
             failures_named(f"stage {job.name}", self.recipe, is_training=True),
-            Tracking(self.recipe, self.out, job.name) as tracking,
+            Tracking(self.recipe, self.out, job.name, self.reporter.message) as tracking,
         ):
             fit(job, replace(context, track=tracking.log))
 

@@ -77,6 +77,36 @@ def test_a_job_that_fails_closes_its_tracker(fake: type[FakeTracker], tmp_path: 
     assert fake.runs[0].state == "finished"
 
 
+def test_a_tracker_that_does_not_start_is_an_error_of_one_line(
+    fake: type[FakeTracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FakeTracker) -> None:
+        raise RuntimeError("no API key\nread more")
+
+    monkeypatch.setattr(fake, "start", refuse)
+    with pytest.raises(ConfigError, match="wandb did not start: no API key; mend its own settings"):
+        train(tiny_recipe(tracking=["wandb"]), tmp_path / "run", Reporter(quiet=True), stage="meta")
+
+
+def test_a_tracker_that_fails_later_does_not_stop_the_training(
+    fake: type[FakeTracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = fake.log
+
+    def lose(self: FakeTracker, values: dict[str, Any], step: int) -> None:
+        if self.lines:
+            raise OSError("connection lost")
+        log(self, values, step)
+
+    said: list[str] = []
+    reporter = Reporter(quiet=True)
+    monkeypatch.setattr(fake, "log", lose)
+    monkeypatch.setattr(reporter, "message", said.append)
+    train(tiny_recipe(tracking=["wandb"]), tmp_path / "run", reporter, stage="meta")
+    assert "tracking: wandb is left out from now on: connection lost" in said
+    assert len(fake.runs[0].lines) == 1 and (tmp_path / "run" / "meta" / "DONE").is_file()
+
+
 def test_tracking_changes_no_result(fake: type[FakeTracker], tmp_path: Path) -> None:
     for name, names in (("with", ["wandb"]), ("without", [])):
         recipe = tiny_recipe(tracking=names)
