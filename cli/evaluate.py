@@ -249,7 +249,8 @@ def _open_run(source: Path) -> _Opened:
 
     is_whole_run = run.absolute() == source.absolute()
     own = source if is_whole_run else None
-    return _Opened(predict, run_data(run), checkpoint.card.class_names, model, own)
+    data = run_data(run, checkpoint.stage)
+    return _Opened(predict, data, checkpoint.card.class_names, model, own)
 
 
 def _open_onnx(source: Path) -> _Opened:

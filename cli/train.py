@@ -95,29 +95,40 @@ def _describe(run: Any) -> str:
     networks = run.networks
     lines = [
         f"run folder {run.out}",
-        f"data       {run.recipe.data.dataset}: {len(run.data.train)} training and "
-        f"{len(run.data.validation)} validation images, {run.data.num_classes} classes; "
-        f"{run.data.images_per_step} images a step",
+        f"data       {_describe_data(run, 'distill')}",
         f"teacher    {run.recipe.teacher.model}, modules {networks.teacher_depths}, "
         f"{networks.parameters['teacher']:,} parameters",
         f"student    {run.recipe.student.model}, modules {networks.student_depths}, "
         f"{networks.parameters['student']:,} parameters",
     ]
+    if run.recipe.end_to_end_data is not None:
+        lines.insert(2, f"end to end {_describe_data(run, 'end_to_end')}")
     for name, plan in run.plan.items():
         epochs = plan.schedule.epochs if plan.schedule else 0
-        steps = epochs * run.data.steps_per_epoch
+        steps = epochs * run.data_of(name).steps_per_epoch
         state = "complete" if run.is_done(name) else "to do"
         lines.append(f"{name:<26} {epochs:>4} epochs {steps:>7} steps  {state}")
     return "\n".join(lines)
 
 
+def _describe_data(run: Any, stage: str) -> str:
+    data = run.data_of(stage)
+    return (
+        f"{run.recipe.data_of(stage).dataset}: {len(data.train)} training and "
+        f"{len(data.validation)} validation images, {data.num_classes} classes; "
+        f"{data.images_per_step} images a step"
+    )
+
+
 def _table(summary: dict[str, Any], out: Path) -> str:
     """The accuracies of a run, one line each, with what m2mKD gained over each baseline."""
     accuracy, epochs = summary["accuracy"], summary["epochs"]
+    other = summary["pairs_data"]
+    where = f", {other['validation_images']} of {other['dataset']}" if other else ""
     short, long = epochs["end_to_end"], epochs["end_to_end"] + epochs["distill"]
     names = {
-        "meta": "meta model",
-        "teacher": "teacher",
+        "meta": f"meta model{where}",
+        "teacher": f"teacher{where}",
         "assembled": "m2mKD, right after assembly",
         "m2mkd": f"m2mKD, {epochs['distill']} + {short} epochs",
         "end_to_end_only": f"end to end only, {short} epochs",

@@ -96,7 +96,7 @@ def export_run(
     data = None
     samples: list[Path] = []
     if run is not None:
-        data = run_data(run).model_dump(mode="json")
+        data = run_data(run, checkpoint.stage).model_dump(mode="json")
         samples = sorted((run / "samples").glob("*.png"))[:_MAX_SAMPLES]
     return export_model(
         model,

@@ -16,13 +16,17 @@ def run_folder(source: Path) -> Path | None:
     return next((folder for folder in folders if (folder / _RECIPE).is_file()), None)
 
 
-def run_data(run: Path) -> DataConfig:
-    """Returns the data section of a run's recipe.
+def run_data(run: Path, stage: str = "end_to_end") -> DataConfig:
+    """Returns the data that a stage of a run was trained on, as its recipe has it.
+
+    Args:
+        run: The run folder.
+        stage: As its checkpoints name it.
 
     Raises:
         ConfigError: The recipe cannot be read.
     """
-    return load_data(run / _RECIPE)
+    return load_data(run / _RECIPE, stage)
 
 
 def with_root(data: DataConfig, root: Path | None) -> DataConfig:

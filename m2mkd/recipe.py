@@ -264,6 +264,16 @@ class DistillConfig(_Section):
     assembly: Literal["drop", "keep", "fold"] = Field(
         "drop", description="what becomes of the stitches in the assembled student"
     )
+    grid: Literal["keep", "resize", "reset"] = Field(
+        "keep",
+        description="what becomes of the positions for end_to_end_data: keep needs images of the "
+        "same size, resize interpolates, reset starts afresh",
+    )
+    classifier: Literal["keep", "reset"] = Field(
+        "keep",
+        description="what becomes of the classifier for end_to_end_data (of a NAC: its pooling "
+        "too): keep needs the same classes, reset starts afresh",
+    )
     nac_context: Literal["alone", "circuit"] = Field(
         "alone",
         description="what a NAC's module is taught among: alone, under one random code (the "
@@ -323,6 +333,11 @@ class Recipe(_Section):
         None, description="optimiser steps between checkpoints; default: once an epoch"
     )
     data: DataConfig
+    end_to_end_data: DataConfig | None = Field(
+        None,
+        description="keys as in data: what the student is trained on end to end, its baseline too, "
+        "and graded on; default: data",
+    )
     meta: Schedule
     teacher: TeacherConfig
     student: StudentConfig
@@ -337,12 +352,50 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check_data(self) -> "Recipe":
-        if self.data.dataset in EVALUATION_ONLY:
-            raise ValueError(
-                f"{self.data.dataset} has no training images; evaluate a run on it with "
-                f"`m2mkd evaluate RUN --data dataset={self.data.dataset} --data root=FOLDER`"
-            )
+        for data in (self.data, self.end_to_end_data or self.data):
+            if data.dataset in EVALUATION_ONLY:
+                raise ValueError(
+                    f"{data.dataset} has no training images; evaluate a run on it with "
+                    f"`m2mkd evaluate RUN --data dataset={data.dataset} --data root=FOLDER`"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _check_end_to_end_data(self) -> "Recipe":
+        if self.end_to_end_data is None:
+            for key in ("grid", "classifier"):
+                if (choice := getattr(self.distill, key)) != "keep":
+                    raise ValueError(
+                        f"distill.{key} {choice} is for a student that goes on with "
+                        "end_to_end_data; set that, or leave out the choice"
+                    )
+            return self
+        if self.end_to_end_data.channels != self.data.channels:
+            raise ValueError(
+                f"end_to_end_data.channels {self.end_to_end_data.channels} is not data.channels "
+                f"{self.data.channels}; set both alike, images are converted"
+            )
+        for name in self.baselines:
+            if name != "end_to_end_only":
+                why = {
+                    "logit_kd": "the teacher does not know these images",
+                    "equal_updates": "an epoch of pairs is none of these images",
+                }[name]
+                raise ValueError(
+                    f"baselines: {name} does not go with end_to_end_data ({why}); end_to_end_only "
+                    "does, with epochs of your choice"
+                )
+        return self
+
+    def data_key(self, stage: str) -> str:
+        """Key of the section with the data that a stage or unit of the plan trains on."""
+        has_own = self.end_to_end_data is not None
+        return "end_to_end_data" if has_own and _trains_student(stage) else "data"
+
+    def data_of(self, stage: str) -> DataConfig:
+        """The data that a stage or unit of the plan trains on, and is graded on."""
+        data: DataConfig = getattr(self, self.data_key(stage))
+        return data
 
 
 class _Loader(yaml.SafeLoader):
@@ -394,14 +447,21 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return validate(values, source=name_or_path)
 
 
-def load_data(path: Path) -> DataConfig:
-    """Reads the data section of a run's recipe; imported networks come with no more than that.
+def load_data(path: Path, stage: str = "end_to_end") -> DataConfig:
+    """Reads the data of a run's recipe; imported networks come with no more than that.
+
+    Args:
+        path: The recipe.
+        stage: The stage or unit of the plan whose data to read.
 
     Raises:
         ConfigError: Unreadable, or a data section that cannot work.
     """
     values = _parse_yaml(_recipe_text(str(path)), str(path))
-    return make_data(values if isinstance(values, dict) else {}, source=str(path))
+    values = values if isinstance(values, dict) else {}
+    if _trains_student(stage) and values.get("end_to_end_data") is not None:
+        values["data"] = values["end_to_end_data"]
+    return make_data(values, source=str(path))
 
 
 def make_data(
@@ -436,6 +496,16 @@ def validate(values: dict[str, Any], *, source: str) -> Recipe:
     except ValidationError as error:
         lines = "; ".join(_describe(item) for item in error.errors())
         raise ConfigError(f"recipe {source}: {lines}") from None
+
+
+def _trains_student(stage: str) -> bool:
+    return stage.startswith(("end_to_end", "baselines"))
+
+
+def named_for(key: str, message: str) -> str:
+    """An error message about keys of `data`, for another section of the same keys."""
+    fields = "|".join(DataConfig.model_fields)
+    return re.sub(rf"\bdata\.({fields})\b", rf"{key}.\1", message)
 
 
 def digest(*parts: Any) -> str:
@@ -493,7 +563,8 @@ def _describe(item: Any) -> str:
     message = message.replace("a valid tuple", "a list")
     message = re.sub("a valid dictionary( or instance of .*)?", "keys with values", message)
     if item["type"] == "value_error":
-        return f"{where}: {message}"
+        is_data = where == "end_to_end_data"
+        return f"{where}: {named_for(where, message) if is_data else message}"
     expected = item.get("ctx", {}).get("expected")
     hint = ""
     if expected and isinstance(item["input"], str):

@@ -47,12 +47,6 @@ def test_built_in_recipes_are_named_after_their_files() -> None:
     assert list(recipes) == sorted(recipes)
 
 
-@pytest.mark.parametrize("name", builtin_recipes())
-def test_a_built_in_recipe_is_valid_and_carries_its_own_name(name: str) -> None:
-    # Whether the folder exists is found out when the data are loaded.
-    assert load_recipe(name, ("data.root=somewhere",)).name == name
-
-
 def test_an_unknown_recipe_gets_a_suggestion_and_the_list() -> None:
     message = mistake("quickstrat")
     assert "unknown recipe 'quickstrat'; did you mean 'quickstart'?" in message

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m2mkd.errors import CheckpointError
 from m2mkd.models import split_vit
+from m2mkd.models.adapt import ClassifierChoice, GridChoice, adapt
 
 Assembly = Literal["drop", "keep", "fold"]
 ModuleWeights = Mapping[str, Tensor]
@@ -67,6 +68,9 @@ def assemble(
     depths: Sequence[int],
     modules: Sequence[ModuleWeights],
     assembly: Assembly | None = None,
+    *,
+    grid: GridChoice = "keep",
+    classifier: ClassifierChoice = "keep",
 ) -> AssemblyReport:
     """Copies module weights into a network and says what moved and what did not.
 
@@ -75,9 +79,12 @@ def assemble(
         depths: Blocks per module.
         modules: Trained weights per module, under the local names of `ViTStage`.
         assembly: What to do with stitches; None when there are none (the teacher).
+        grid: What becomes of positions, as for `m2mkd.models.adapt.adapt`.
+        classifier: What becomes of the head, likewise.
 
     Raises:
         CheckpointError: A tensor of a module that has no place in the network, or a wrong shape.
+        ConfigError: An unknown choice.
     """
     report = AssemblyReport()
     stages = split_vit(network, depths)
@@ -86,11 +93,19 @@ def assemble(
     for i, (stage, weights) in enumerate(zip(stages, modules, strict=True)):
         weights = dict(weights)
         if assembly in ("drop", "fold"):
-            report.dropped += [f"{i}: {name}" for name in weights if is_stitch(name)]
+            if assembly == "drop":
+                report.dropped += [f"{i}: {name}" for name in weights if is_stitch(name)]
             weights = {name: w for name, w in weights.items() if not is_stitch(name)}
         if assembly == "fold" and i > 0:
             weights |= _folded(modules[i - 1], depths[i - 1], modules[i])
             report.folded.append((i - 1, i))
+        for name, tensor in list(weights.items()):
+            adapted = adapt(name, tensor, network, grid=grid, classifier=classifier)
+            if adapted is None:
+                report.dropped.append(f"{i}: {name}")
+                del weights[name]
+            else:
+                weights[name] = adapted
         try:
             missing, unplaced = stage.load_state_dict(weights, strict=False)
         except RuntimeError as error:
@@ -100,8 +115,6 @@ def assemble(
             raise CheckpointError(f"module {i}: no place in the network for {', '.join(unplaced)}")
         report.transferred.append(len(weights))
         report.untouched += [f"{i}: {name}" for name in missing]
-    if assembly == "fold":
-        report.dropped = []
     return report
 
 

@@ -98,6 +98,11 @@ class Checkpoint:
         return state
 
     @property
+    def stage(self) -> str:
+        """Name of the unit of training that made it; that of whole students where none is noted."""
+        return str(self.meta.get("stage", "end_to_end"))
+
+    @property
     def card(self) -> ModelCard:
         """The model card, for checkpoints of whole networks.
 

@@ -31,8 +31,8 @@ def align(run: "Run") -> None:
     stages = _stages(run, meta.to(run.device))
     _record_start(run, stages, modules)
     task = AlignTask(stages, modules)
-    run.fit(NAME, task, run.out / NAME, evaluate=lambda: run.grade(meta))
-    after = grade_hybrids(stages, modules, run.evaluate_together)
+    run.fit(NAME, task, run.out / NAME, evaluate=lambda: run.grade(meta, run.data))
+    after = grade_hybrids(stages, modules, _grader(run))
     run.reporter.message(f"{NAME}: hybrids with one teacher module now {_listed(after)}")
 
 
@@ -76,10 +76,14 @@ def _record_start(run: "Run", stages: list[nn.Module], modules: list[nn.Module])
     if run.world.on_main(is_recorded):
         return
     before = _stages(run, run.load("meta")) if "meta" in run.plan else stages
-    top1 = grade_hybrids(before, modules, run.evaluate_together)
+    top1 = grade_hybrids(before, modules, _grader(run))
     facts = {"digest": digest, "teacher_hybrids": top1}
     run.world.on_main(lambda: write_text(path, json.dumps(facts, indent=1)))
     run.reporter.message(f"{NAME}: hybrids with one teacher module at first {_listed(top1)}")
+
+
+def _grader(run: "Run") -> Callable[[nn.Module], Any]:
+    return lambda hybrid: run.evaluate_together(hybrid, run.data)
 
 
 def _stages(run: "Run", meta: VisionTransformer) -> list[nn.Module]:

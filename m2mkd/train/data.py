@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from m2mkd.errors import CheckpointError, ConfigError, DataError
-from m2mkd.recipe import DataConfig
+from m2mkd.recipe import DataConfig, named_for
 from m2mkd.train.augment import Preparation, global_generators_kept, preprocessing
 from m2mkd.train.datasets import load_datasets, spread_over_classes
 from m2mkd.train.image_set import ImageDataset
@@ -81,22 +81,29 @@ class ImageData:
         steps_per_epoch: Optimiser steps per epoch, the same in every process. They are all full
             (the rest of the shuffled order is left out); one process that takes one batch a step
             makes a smaller batch of a set smaller than that.
+        key: The recipe's section that this is.
         preprocessing: What inference must do to an image, JSON-able, in timm's terms.
     """
 
-    def __init__(self, config: DataConfig, seed: int, world: World | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, seed: int, world: World | None = None, *, key: str = "data"
+    ) -> None:
         """Opens the data; nothing is decoded yet.
 
         Args:
             config: What to open.
             seed: Determines order and augmentation.
             world: Which process this is; each reads its own part of every step.
+            key: The recipe's section that this is, for messages.
 
         Raises:
             DataError: The data are missing, empty or inconsistent.
             ConfigError: The augmentation cannot work, or there are fewer images than a step takes.
         """
-        self.train, self.validation = load_datasets(config)
+        try:
+            self.train, self.validation = load_datasets(config)
+        except DataError as error:
+            raise DataError(named_for(key, str(error))) from None
         self.class_names = self.train.class_names
         self.num_classes = self.train.num_classes
         self._world = world or World()
@@ -104,12 +111,14 @@ class ImageData:
         self.images_per_step = config.batch_size * config.accumulate * self._world.size
         if len(self.train) < self.images_per_step > config.batch_size:
             raise ConfigError(
-                f"a step takes {self.images_per_step} images (data.batch_size {config.batch_size} "
-                f"x data.accumulate {config.accumulate} x {self._world.size} processes), but there "
-                f"are {len(self.train)} training images; lower data.batch_size"
+                f"a step takes {self.images_per_step} images ({key}.batch_size "
+                f"{config.batch_size} x {key}.accumulate {config.accumulate} x {self._world.size} "
+                f"processes), but there are {len(self.train)} training images; lower "
+                f"{key}.batch_size"
             )
         self.steps_per_epoch = max(1, len(self.train) // self.images_per_step)
         self.preprocessing = preprocessing(config)
+        self.key = key
         self._config = config
         self._seed = seed
         self._augmented = Preparation(config, is_training=True)
@@ -293,6 +302,6 @@ class ImageData:
         if unreadable and self._config.on_bad_image == "fail":
             raise DataError(
                 f"{unreadable[0][1]}; repair or remove it, or leave such images out with "
-                "data.on_bad_image: skip"
+                f"{self.key}.on_bad_image: skip"
             )
         self._unreadable.update((split, index) for index, _ in unreadable)

@@ -6,19 +6,22 @@ from contextlib import contextmanager
 import torch
 
 from m2mkd.errors import M2MKDError, TrainingError
-from m2mkd.recipe import Recipe
+from m2mkd.recipe import DataConfig, Recipe, named_for
 
 _GO_ON = "the same command goes on from the last checkpoint"
 
 
 @contextmanager
-def failures_named(where: str, recipe: Recipe, *, is_training: bool) -> Iterator[None]:
+def failures_named(
+    where: str, recipe: Recipe, *, is_training: bool, key: str = "data"
+) -> Iterator[None]:
     """Gives a name to memory that runs out and data workers that die.
 
     Args:
         where: Which stage, for the message.
         recipe: Whose settings to name.
         is_training: Whether the batch size of training or of evaluation is to blame.
+        key: The section of its data.
 
     Raises:
         TrainingError: Memory ran out or a worker died; the original error is its cause.
@@ -27,13 +30,16 @@ def failures_named(where: str, recipe: Recipe, *, is_training: bool) -> Iterator
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
+        data: DataConfig = getattr(recipe, key)
         if isinstance(error, M2MKDError):
             raise
         if _is_out_of_memory(error):
-            raise TrainingError(f"{where}: {_memory(error, recipe, is_training)}") from error
-        if "DataLoader worker" in text:
-            raise TrainingError(f"{where}: {_worker(text, recipe)}") from error
-        raise
+            told = _memory(error, recipe, data, is_training)
+        elif "DataLoader worker" in text:
+            told = _worker(text, data)
+        else:
+            raise
+        raise TrainingError(f"{where}: {named_for(key, told)}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -42,9 +48,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     ) or "can't allocate memory" in str(error)
 
 
-def _memory(error: Exception, recipe: Recipe, is_training: bool) -> str:
+def _memory(error: Exception, recipe: Recipe, data: DataConfig, is_training: bool) -> str:
     place = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-    data = recipe.data
     if not is_training:
         return f"out of {place} at data.eval_batch_size {data.eval_batch_size}; lower it; {_GO_ON}"
     half, twice = max(1, data.batch_size // 2), 2 * data.accumulate
@@ -56,10 +61,10 @@ def _memory(error: Exception, recipe: Recipe, is_training: bool) -> str:
     return f"out of {place} at data.batch_size {data.batch_size}; {', or '.join(helps)}; {_GO_ON}"
 
 
-def _worker(text: str, recipe: Recipe) -> str:
+def _worker(text: str, data: DataConfig) -> str:
     why = " ".join(text.split()).split(" It is possible")[0].rstrip(". ")
     shared = " or the shared memory in /dev/shm" if "Bus error" in text else ""
     return (
         f"a data loading process died ({why}), most often because memory{shared} ran out; lower "
-        f"data.workers (now {recipe.data.workers}), then {_GO_ON}"
+        f"data.workers (now {data.workers}), then {_GO_ON}"
     )

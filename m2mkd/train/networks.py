@@ -44,23 +44,27 @@ class Networks:
         teacher_dim: Width of teacher and meta model.
         parameters: Number of parameters of `teacher` and `student`.
 
+    Args:
+        recipe: What to build.
+        data: What meta model, teacher and pairs see.
+        end_to_end_data: What the whole student sees; None for the same.
+
     Raises:
-        ConfigError: Models that cannot be built, or do not fit each other.
+        ConfigError: Models that cannot be built, or do not fit each other or the data.
         CheckpointError: The teacher's weights file does not exist, or the student's does not fit.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData) -> None:
+    def __init__(
+        self, recipe: Recipe, data: ImageData, end_to_end_data: ImageData | None = None
+    ) -> None:
         self.recipe = recipe
         self.teacher_file = _given_file("teacher.checkpoint", recipe.teacher.checkpoint)
         _given_file("student.upcycle_from", recipe.student.upcycle_from)
         self._data = data
-        self._shape: dict[str, Any] = {
-            "num_classes": data.num_classes,
-            "image_size": recipe.data.image_size,
-            "channels": recipe.data.channels,
-        }
+        self._shape = _shape(data)
+        self._student_data = end_to_end_data or data
         teacher = self._fresh_teacher()
-        student = self._create_student({})
+        student = self._create_student({}, self._shape)
         count = _number_of_modules(recipe, student)
         is_auto = recipe.teacher.depths == "auto"
         self.teacher_depths = resolve_depths(
@@ -73,15 +77,20 @@ class Networks:
         split_vit(teacher, self.teacher_depths)  # fails now where it would fail later
         self.teacher_dim = teacher.embed_dim
         self._student = make_student(
-            recipe, student, self._seeded_student, len(self.teacher_depths), self.teacher_dim
+            recipe, student, self._student_in_pairs, len(self.teacher_depths), self.teacher_dim
         )
+        if isinstance(student, VMoE):
+            _check_tokens(teacher, student)
+            _check_capacity(student, recipe.data.batch_size)
+        if end_to_end_data is not None:
+            _check_choices(recipe, data, end_to_end_data)
+            student = self._create_student({}, _shape(end_to_end_data))
+            if isinstance(student, VMoE):
+                _check_capacity(student, recipe.data_of("end_to_end").batch_size)
         self.parameters = {
             "teacher": sum(p.numel() for p in teacher.parameters()),
             "student": sum(p.numel() for p in student.parameters()),
         }
-        if isinstance(student, VMoE):
-            _check_tokens(teacher, student)
-            self._check_capacity(student)
 
     @property
     def student_depths(self) -> list[int]:
@@ -142,7 +151,9 @@ class Networks:
     def student(self, assembly: Assembly | None = None) -> VMoE | NAC:
         """The student as it is trained end to end, with the stitches that `assembly` leaves."""
         args = self._assembled_args(assembly)
-        return self._seeded_student(args, self.recipe.end_to_end.drop_path)
+        self._seed("student")
+        drop_path = self.recipe.end_to_end.drop_path
+        return self._create_student(args, _shape(self._student_data), drop_path)
 
     def assemble(self, student: VMoE | NAC, weights: Sequence[ModuleWeights]) -> AssemblyReport:
         """Copies trained modules into a student built for the recipe's assembly."""
@@ -154,6 +165,7 @@ class Networks:
     def card(self, kind: str, assembly: Assembly | None = None) -> ModelCard:
         """What rebuilds a network of this run: kind `meta`, `teacher` or `student`."""
         section = self.recipe.student if kind == "student" else self.recipe.teacher
+        data = self._student_data if kind == "student" else self._data
         args = dict(section.model_args)
         depths = {
             "meta": [1] * self.num_modules,
@@ -168,21 +180,23 @@ class Networks:
             model=section.model,
             model_args=args,
             depths=depths,
-            class_names=self._data.class_names,
-            preprocessing=self._data.preprocessing,
+            class_names=data.class_names,
+            preprocessing=data.preprocessing,
             recipe=digest(self.recipe.model_dump(mode="json")),
             versions=versions(),
-            **self._shape,
+            **_shape(data),
         )
 
-    def _seeded_student(self, extra: dict[str, Any], drop_path: float) -> VMoE | NAC:
+    def _student_in_pairs(self, extra: dict[str, Any], drop_path: float) -> VMoE | NAC:
         self._seed("student")
-        return self._create_student(extra, drop_path)
+        return self._create_student(extra, self._shape, drop_path)
 
-    def _create_student(self, extra: dict[str, Any], drop_path: float = 0.0) -> VMoE | NAC:
+    def _create_student(
+        self, extra: dict[str, Any], shape: dict[str, Any], drop_path: float = 0.0
+    ) -> VMoE | NAC:
         section = self.recipe.student
         student = create_network(
-            section.model, {**section.model_args, **extra}, drop_path=drop_path, **self._shape
+            section.model, {**section.model_args, **extra}, drop_path=drop_path, **shape
         )
         if not isinstance(student, (VMoE, NAC)):
             known = timm.list_models("vmoe_*") + timm.list_models("nac_*")
@@ -200,14 +214,6 @@ class Networks:
     def _seed(self, kind: str) -> None:
         seed_everything(self.recipe.seed, "weights", kind)
 
-    def _check_capacity(self, student: VMoE) -> None:
-        """Lets a capacity that rounds to zero fail now, not hours later."""
-        tokens = student.patch_embed.num_patches + student.num_prefix_tokens
-        for layer in student.modules():
-            if isinstance(layer, MoEMlp):
-                layer.train().capacity(self.recipe.data.batch_size * tokens)
-                layer.eval().capacity(tokens)
-
 
 def versions() -> dict[str, str]:
     """Versions of what determines a result."""
@@ -217,6 +223,37 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
+
+
+def _shape(data: ImageData) -> dict[str, Any]:
+    """What networks must know of their images and classes."""
+    channels, height, _ = data.preprocessing["input_size"]
+    return {"num_classes": data.num_classes, "image_size": height, "channels": channels}
+
+
+def _check_choices(recipe: Recipe, data: ImageData, end_to_end_data: ImageData) -> None:
+    """Lets what cannot move into the student fail now, where the recipe does not say what then."""
+    choices = recipe.distill
+    old, new = _shape(data)["image_size"], _shape(end_to_end_data)["image_size"]
+    if old != new and choices.grid == "keep":
+        raise ConfigError(
+            f"end_to_end_data.image_size {new} is not data.image_size {old}, so positions do not "
+            "move as they are; set distill.grid to resize or reset"
+        )
+    if data.class_names != end_to_end_data.class_names and choices.classifier == "keep":
+        raise ConfigError(
+            f"end_to_end_data has other classes ({end_to_end_data.num_classes}) than data "
+            f"({data.num_classes}), so the classifier cannot move; set distill.classifier: reset"
+        )
+
+
+def _check_capacity(student: VMoE, batch_size: int) -> None:
+    """Lets a capacity that rounds to zero fail now, not hours later."""
+    tokens = student.patch_embed.num_patches + student.num_prefix_tokens
+    for layer in student.modules():
+        if isinstance(layer, MoEMlp):
+            layer.train().capacity(batch_size * tokens)
+            layer.eval().capacity(tokens)
 
 
 def _check_tokens(teacher: VisionTransformer, student: VisionTransformer) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2mkd.recipe import Recipe, Schedule, digest
+from m2mkd.recipe import DataConfig, Recipe, Schedule, digest
 
 STAGES = ("meta", "teacher", "distill", "end_to_end", "baselines", "evaluate")
 
@@ -34,6 +34,7 @@ class Facts:
 
     Attributes:
         data: Names of the classes and numbers of images, as JSON-able values.
+        end_to_end_data: The same of the recipe's `end_to_end_data`; None when there is none.
         teacher_depths: Blocks per teacher module.
         student_depths: Blocks per student module.
         teacher_weights: Hash of the given weights file; None when there is none.
@@ -45,6 +46,7 @@ class Facts:
     student_depths: list[int]
     teacher_weights: str | None
     student_weights: str | None = None
+    end_to_end_data: list[Any] | None = None
 
 
 def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
@@ -58,10 +60,7 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
     as good as the other.) The number of processes is no setting: a checkpoint remembers how many
     images its steps took, and any number goes on in such steps.
     """
-    ignored = {"root", "workers", "eval_batch_size", "on_bad_image", "batch_size", "accumulate"}
-    data = recipe.data.model_dump(mode="json", exclude=ignored)
-    data["step"] = recipe.data.batch_size * recipe.data.accumulate
-    base = digest(recipe.seed, recipe.precision, recipe.lr_base_size, data, facts.data)
+    base = _base(recipe, recipe.data, facts.data)
     teacher, distill = recipe.teacher, recipe.distill
     student = _dump(recipe.student, exclude={"depths", "upcycle_from"})
     if facts.student_weights is not None:
@@ -81,10 +80,14 @@ def plan_run(recipe: Recipe, facts: Facts) -> dict[str, StagePlan]:
         aligned if teacher.is_aligned else taught,
         student,
         facts.student_depths,
-        _dump(distill, exclude={"mode", "assembly"}),
+        _dump(distill, exclude={"mode", "assembly", "grid", "classifier"}),
     )
-    final = digest(pairs, distill.assembly, _dump(recipe.end_to_end))
-    alone = digest(base, student, _dump(recipe.end_to_end))
+    student_base, moved = base, []
+    if recipe.end_to_end_data is not None:
+        student_base = _base(recipe, recipe.end_to_end_data, facts.end_to_end_data)
+        moved = [student_base, distill.grid, distill.classifier]
+    final = digest(pairs, distill.assembly, _dump(recipe.end_to_end), *moved)
+    alone = digest(student_base, student, _dump(recipe.end_to_end))
 
     stages = [StagePlan("meta", "meta", meta, recipe.meta, "meta")] if learns_labels else []
     if teacher.incubate is not None:
@@ -126,6 +129,14 @@ def stage_folders(out: Path, plan: StagePlan, num_modules: int) -> list[Path]:
     if plan.stage == "distill":
         return [out / plan.name / f"pair-{i:02d}" for i in range(num_modules)]
     return [out / plan.name]
+
+
+def _base(recipe: Recipe, data: DataConfig, facts: list[Any] | None) -> str:
+    """What every stage on these data depends on."""
+    ignored = {"root", "workers", "eval_batch_size", "on_bad_image", "batch_size", "accumulate"}
+    values = data.model_dump(mode="json", exclude=ignored)
+    values["step"] = data.batch_size * data.accumulate
+    return digest(recipe.seed, recipe.precision, recipe.lr_base_size, values, facts)
 
 
 def _dump(section: Any, exclude: set[str] | None = None) -> dict[str, Any]:

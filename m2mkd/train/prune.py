@@ -338,6 +338,7 @@ def _images(data: ImageData, count: int, device: torch.device) -> Tensor:
 def _write_recipe(out: Path, recipe_file: Path, data: DataConfig, card: ModelCard) -> None:
     """The recipe with the smaller student, for evaluate and export; it was not trained by it."""
     values = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    values.pop("end_to_end_data", None)  # this is what `data` is from now on
     values |= {"name": out.name, "data": data.model_dump(mode="json")}
     values["student"] |= {"model": card.model, "model_args": card.model_args}
     text = yaml.safe_dump(values, sort_keys=False)
@@ -379,7 +380,7 @@ def _finetune(
     context = Context(
         accelerator=accelerator,
         data=data,
-        augment=recipe.data.augment,
+        augment=recipe.data_of("end_to_end").augment,
         seed=recipe.seed,
         reporter=reporter,
     )

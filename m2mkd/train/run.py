@@ -79,7 +79,12 @@ class Run:
         self.device: torch.device = accelerator.device
         self.world = World(accelerator.process_index, accelerator.num_processes, self.device)
         self.data = ImageData(recipe.data, recipe.seed, self.world)
-        self.networks = Networks(recipe, self.data)
+        self._own_data: ImageData | None = None  # of the whole student
+        if recipe.end_to_end_data is not None:
+            self._own_data = ImageData(
+                recipe.end_to_end_data, recipe.seed, self.world, key="end_to_end_data"
+            )
+        self.networks = Networks(recipe, self.data, self._own_data)
         self.plan = plan_run(recipe, self._facts())
         for plan in self.plan.values():
             if plan.schedule is not None:
@@ -92,12 +97,19 @@ class Run:
         file = self.networks.teacher_file
         dense = self.recipe.student.upcycle_from
         return Facts(
-            data=[self.data.class_names, len(self.data.train), len(self.data.validation)],
+            data=_facts_of(self.data),
+            end_to_end_data=None if self._own_data is None else _facts_of(self._own_data),
             teacher_depths=self.networks.teacher_depths,
             student_depths=self.networks.student_depths,
             teacher_weights=None if file is None else sha256(file),
             student_weights=None if dense is None else sha256(weights_file(dense)),
         )
+
+    def data_of(self, stage: str) -> ImageData:
+        """The images that a stage or unit of the plan trains on, and is graded on."""
+        if self._own_data is None or self.recipe.data_key(stage) == self.data.key:
+            return self.data
+        return self._own_data
 
     def prepare_folder(self, pair: int | None = None) -> None:
         """Writes the resolved recipe; earlier stages of other settings are set aside, not lost.
@@ -252,7 +264,11 @@ class Run:
         student = self.networks.student(assembly)
         report = self.networks.assemble(student, self._pair_weights())
         with self._holding(self.out / "end_to_end"):
-            self._record_start("end_to_end", student, asdict(report))
+            facts = asdict(report)
+            if self._own_data is not None:
+                choices = self.recipe.distill
+                facts |= {"grid": choices.grid, "classifier": choices.classifier}
+            self._record_start("end_to_end", student, facts)
             self._supervise("end_to_end", student, self.networks.card("student", assembly))
 
     def train_baselines(self) -> None:
@@ -359,13 +375,13 @@ class Run:
             name,
             task,
             self.out / name,
-            evaluate=lambda: self.grade(model),
+            evaluate=lambda: self.grade(model, self.data_of(name)),
             meta={"card": asdict(card)},
         )
 
-    def grade(self, model: nn.Module) -> dict[str, Any]:
+    def grade(self, model: nn.Module, data: ImageData) -> dict[str, Any]:
         """What is known of a network after an epoch: its accuracy, and a NAC's circuit."""
-        numbers: dict[str, Any] = asdict(self.evaluate_together(model))
+        numbers: dict[str, Any] = asdict(self.evaluate_together(model, data))
         if isinstance(model, NAC):
             numbers["circuit"] = circuit_statistics(model.circuit(0))
         return numbers
@@ -383,7 +399,7 @@ class Run:
         plan = self.plan[name]
         if plan.schedule is None:
             raise ConfigError(f"{name} has no schedule to train with")
-        data = self._data_as_begun(folder)
+        data = self._data_as_begun(self.data_of(name), folder)
         scale = 1.0
         if self.recipe.lr_base_size is not None:
             scale = data.images_per_step / self.recipe.lr_base_size
@@ -402,7 +418,7 @@ class Run:
             # A new one for every job: accelerate keeps optimisers and loss scale of earlier ones.
             accelerator=make_accelerator(self.recipe),
             data=data,
-            augment=self.recipe.data.augment,
+            augment=self.recipe.data_of(name).augment,
             seed=self.recipe.seed,
             reporter=self.reporter,
             world=self.world,
@@ -414,33 +430,31 @@ class Run:
             is_recomputed=self.recipe.grad_checkpointing,
         )
         with (
-            failures_named(f"stage {job.name}", self.recipe, is_training=True),
+            failures_named(f"stage {job.name}", self.recipe, is_training=True, key=data.key),
             Tracking(self.recipe, self.out, job.name, self.reporter.message) as tracking,
         ):
             fit(job, replace(context, track=tracking.log))
 
-    def _data_as_begun(self, folder: Path) -> ImageData:
+    def _data_as_begun(self, data: ImageData, folder: Path) -> ImageData:
         """Data in the steps of the job that began a stage: it may have had other processes."""
         begun = self.world.on_main(lambda: newest_meta(folder).get("images_per_step"))
-        if begun in (None, self.data.images_per_step):
-            return self.data
-        data = self.data.in_steps_of(begun)
-        now = f"data.accumulate {data.accumulate}, data.batch_size {data.batch_size}"
+        if begun in (None, data.images_per_step):
+            return data
+        data = data.in_steps_of(begun)
+        now = f"{data.key}.accumulate {data.accumulate}, {data.key}.batch_size {data.batch_size}"
         self.reporter.message(f"{folder.name}: goes on in steps of {begun} images, with {now}")
         return data
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Grades a network on the validation images, in this process alone."""
-        with failures_named("evaluation", self.recipe, is_training=False):
-            return evaluate_model(model, self.data.validation_batches(), self.device)
+    def evaluate(self, model: nn.Module, data: ImageData) -> Evaluation:
+        """Grades a network on the validation images of `data`, in this process alone."""
+        with failures_named("evaluation", self.recipe, is_training=False, key=data.key):
+            return evaluate_model(model, data.validation_batches(), self.device)
 
-    def evaluate_together(self, model: nn.Module) -> Evaluation:
-        """Grades a network on the validation images, dealt out to all processes."""
-        batches = self.data.own_validation_batches()
-        with failures_named("evaluation", self.recipe, is_training=False):
-            return evaluate_together(
-                model, batches, self.world, self.data.preprocessing["input_size"]
-            )
+    def evaluate_together(self, model: nn.Module, data: ImageData) -> Evaluation:
+        """Grades a network on the validation images of `data`, dealt out to all processes."""
+        batches = data.own_validation_batches()
+        with failures_named("evaluation", self.recipe, is_training=False, key=data.key):
+            return evaluate_together(model, batches, self.world, data.preprocessing["input_size"])
 
     def _store(self, name: str, model: nn.Module, card: ModelCard) -> None:
         """Keeps a network that needs no training as a complete stage."""
@@ -460,7 +474,11 @@ class Run:
 
         if self.world.on_main(is_recorded):
             return
-        accuracy = asdict(self.evaluate_together(model.to(self.device)))
+        accuracy = asdict(self.evaluate_together(model.to(self.device), self.data_of(name)))
         facts = {"digest": digest, "accuracy": accuracy, **facts}
         self.world.on_main(lambda: write_text(path, json.dumps(facts, indent=1)))
         self.reporter.message(f"{name}: {accuracy['top1']:.2f} % top-1 before end-to-end training")
+
+
+def _facts_of(data: ImageData) -> list[Any]:
+    return [data.class_names, len(data.train), len(data.validation)]

@@ -53,7 +53,15 @@ class VMoEStudent:
         self, network: Any, weights: Sequence[ModuleWeights], assembly: Assembly
     ) -> AssemblyReport:
         """Copies trained module weights into a network built with `assembled_args`."""
-        return assemble(network, self.depths, weights, assembly)
+        choices = self._recipe.distill
+        return assemble(
+            network,
+            self.depths,
+            weights,
+            assembly,
+            grid=choices.grid,
+            classifier=choices.classifier,
+        )
 
     def _stitches(self, assembly: Assembly | None) -> dict[str, Any]:
         stitch = self._recipe.distill.stitch
@@ -90,7 +98,8 @@ class NACStudent:
     ) -> AssemblyReport:
         """Copies trained module weights into a network built with `assembled_args`."""
         del assembly
-        return assemble_nac(network, weights)
+        choices = self._recipe.distill
+        return assemble_nac(network, weights, grid=choices.grid, pooling=choices.classifier)
 
 
 def make_student(

@@ -21,13 +21,18 @@ _SAMPLES = 10  # held-out images written for `m2mkd predict`
 def summarise(run: "Run") -> dict[str, Any]:
     """Grades every network of a complete run on the held-out images and writes the results.
 
+    Students are graded on the data that they are trained on end to end, all others on the pairs'.
+
     Returns:
         What `summary.json` holds: top-1 accuracies in per cent (`hybrids` are the meta model with
         one module of the teacher or the student in it; `meta` is the one that the pairs had), and
-        the gains over the baselines.
+        the gains over the baselines. `pairs_data` says what meta model, teacher and hybrids were
+        graded on, where students were graded on other data.
     """
+    data = run.data_of("end_to_end")
+    bad_images = sum(images.bad_images for images in {run.data, data})
     accuracy: dict[str, Any] = {
-        "meta": round(run.evaluate(hosting_meta(run)).top1, 3),
+        "meta": round(run.evaluate(hosting_meta(run), run.data).top1, 3),
         "teacher": _top1(run, "teacher"),
         "teacher_hybrids": _hybrids(run, list(_teacher_modules(run))),
         "student_hybrids": _hybrids(run, run.pair_modules()),
@@ -42,8 +47,9 @@ def summarise(run: "Run") -> dict[str, Any]:
     summary = {
         "recipe": run.recipe.name,
         "seed": run.recipe.seed,
-        "validation_images": len(run.data.validation),
-        "unreadable_images": run.data.bad_images,
+        "validation_images": len(data.validation),
+        "pairs_data": _pairs_data(run),
+        "unreadable_images": bad_images,
         "epochs": {"distill": schedule.epochs, "end_to_end": run.recipe.end_to_end.epochs},
         "parameters": run.networks.parameters,
         "assembly": run.recipe.distill.assembly,
@@ -53,16 +59,23 @@ def summarise(run: "Run") -> dict[str, Any]:
         },
         "seconds": {name: _seconds(run, name) for name in run.plan},
     }
-    if run.data.bad_images:
-        run.reporter.message(f"{run.data.bad_images} unreadable images were left out")
+    if bad_images:
+        run.reporter.message(f"{bad_images} unreadable images were left out")
     write_text(run.out / "summary.json", json.dumps(summary, indent=1))
     _write_samples(run)
     _draw_circuits(run)
-    grade_run(run.out, run.data, run.device)
+    grade_run(run.out, data, run.device)
     if run.recipe.corruptions:
-        corrupt_run(run.out, run.data, run.device, run.reporter)
+        corrupt_run(run.out, data, run.device, run.reporter)
     write_report([run.out], run.out / "report.html")
     return summary
+
+
+def _pairs_data(run: "Run") -> dict[str, Any] | None:
+    if run.recipe.end_to_end_data is None:
+        return None
+    images = len(run.data.validation)
+    return {"dataset": run.recipe.data.dataset, "validation_images": images}
 
 
 def _draw_circuits(run: "Run") -> None:
@@ -76,7 +89,7 @@ def _draw_circuits(run: "Run") -> None:
 
 
 def _top1(run: "Run", name: str) -> float:
-    return round(run.evaluate(run.load(name)).top1, 3)
+    return round(run.evaluate(run.load(name), run.data_of(name)).top1, 3)
 
 
 def _teacher_modules(run: "Run") -> nn.ModuleList:
@@ -85,7 +98,7 @@ def _teacher_modules(run: "Run") -> nn.ModuleList:
 
 def _hybrids(run: "Run", modules: list[nn.Module]) -> list[float]:
     meta = list(split_vit(hosting_meta(run), [1] * run.networks.num_modules))
-    return grade_hybrids(meta, modules, run.evaluate)
+    return grade_hybrids(meta, modules, lambda hybrid: run.evaluate(hybrid, run.data))
 
 
 def _seconds(run: "Run", name: str) -> float:
@@ -100,7 +113,7 @@ def _seconds(run: "Run", name: str) -> float:
 def _write_samples(run: "Run") -> None:
     """Held-out images as files named `INDEX_CLASS.png`, to try `m2mkd predict` on."""
     folder = run.out / "samples"
-    samples = run.data.sample_images(_SAMPLES)
+    samples = run.data_of("end_to_end").sample_images(_SAMPLES)
     try:
         folder.mkdir(exist_ok=True)
         for index, class_name, image in samples:

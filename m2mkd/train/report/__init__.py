@@ -27,7 +27,8 @@ def rebuild_report(runs: Sequence[Path], out: Path, reporter: Reporter) -> Path:
             recipe = load_recipe(str(run / "recipe.yaml"))
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             try:
-                grade_run(run, ImageData(recipe.data, recipe.seed), device)
+                data = ImageData(recipe.data_of("end_to_end"), recipe.seed)
+                grade_run(run, data, device)
             except DataError as error:
                 reporter.message(f"{run}: no calibration, confusion and expert load: {error}")
     return write_report(runs, out)

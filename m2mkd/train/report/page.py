@@ -149,19 +149,21 @@ def _context(records: list[Record]) -> dict[str, Any]:
 def _results(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     accuracies = [summary["accuracy"] for summary in summaries]
     images = summaries[0]["validation_images"]
+    other = summaries[0].get("pairs_data")  # earlier runs had no other
     rows = []
     for name in ("m2mkd", *summaries[0]["gain"], "assembled", "teacher", "meta"):
         values = [a[name] for a in accuracies if name in a]
         mean = statistics.fmean(values)
+        there = other if name in ("teacher", "meta") else None
         rows.append(
             {
                 "key": name,
-                "name": NAMES[name],
+                "name": NAMES[name] + (f", on {there['dataset']}" if there else ""),
                 "mean": mean,
                 "low": min(values),
                 "high": max(values),
                 "values": values,
-                "half": chance_range(mean, images),
+                "half": chance_range(mean, there["validation_images"] if there else images),
             }
         )
     by_key = {row["key"]: row for row in rows}
@@ -176,6 +178,7 @@ def _results(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "by_key": by_key,
         "gains": gains(summaries),
         "images": images,
+        "pairs_data": other,
         "num_seeds": len(summaries),
         "unreadable": summaries[0]["unreadable_images"],
         "epochs": summaries[0]["epochs"],
@@ -390,7 +393,7 @@ def _cost(record: Record) -> dict[str, Any]:
 def _cost_row(stage: Stage, record: Record) -> dict[str, Any]:
     steps = int(stage.done.get("steps", 0))
     seconds = float(stage.done.get("seconds", 0.0))
-    data = record.recipe.data
+    data = record.recipe.data_of(stage.name)
     images = steps * int(stage.done.get("images_per_step", data.batch_size * data.accumulate))
     return {
         "name": stage.name,

@@ -111,10 +111,10 @@ def check_same_recipe(records: list[Record]) -> None:
 
 def _settings(record: Record) -> dict[str, Any]:
     values = record.recipe.model_dump(mode="json", exclude=_MAY_DIFFER)
-    data = values.pop("data")
-    for key, value in data.items():
-        if key not in _DATA_MAY_DIFFER:
-            values[f"data.{key}"] = value
+    for section in ("data", "end_to_end_data"):
+        for key, value in (values.pop(section) or {}).items():
+            if key not in _DATA_MAY_DIFFER:
+                values[f"{section}.{key}"] = value
     return values
 
 
