@@ -93,6 +93,7 @@ bool Machine::is_launchable(const Launch& launch) {
 
 void Machine::run(const Launch& launch) {
   launching = &launch;
+  count_ = 0;
   if (!fault && is_launchable(launch)) {
     random_state_ = seed + 0x632be59bd9b4e019 * ++launches_;
     count_ = static_cast<int>(total(launch.block));
@@ -104,8 +105,9 @@ void Machine::run(const Launch& launch) {
     if (launch.dynamic_shared > 0) {
       memory.shared_array(nullptr, "(dynamic)", launch.dynamic_shared, 16);
     }
-    std::vector<uint32_t> order(total(launch.grid));
-    std::iota(order.begin(), order.end(), 0);
+    const uint64_t blocks = total(launch.grid), some = std::min(blocks, most_blocks);
+    std::vector<uint32_t> order(some);
+    std::iota(order.begin(), order.end(), static_cast<uint32_t>(blocks - some));
     for (size_t i = 0; i < order.size() && !fault; ++i) {
       std::swap(order[i], order[i + random(order.size() - i)]);
       run_block(order[i]);
@@ -370,7 +372,9 @@ void Machine::fail(std::string what, std::vector<std::pair<std::string, Site>> p
     fault = Fault{std::move(what), std::move(parts), nullptr, ""};
     if (launching != nullptr) {
       fault->kernel = launching->kernel;
-      fault->block = braced(index_in(launching->grid, block_));
+      if (count_ > 0) {
+        fault->block = ", block " + braced(index_in(launching->grid, block_));
+      }
     }
   }
   if (current != nullptr) {
@@ -398,7 +402,7 @@ std::string Machine::name(const Segment& segment) const {
 std::string Machine::report() const {
   std::string text = "emulator: " + fault->what + "\n";
   if (fault->kernel != nullptr) {
-    text += "  kernel " + function_name(fault->kernel) + ", block " + fault->block + "\n";
+    text += "  kernel " + function_name(fault->kernel) + fault->block + "\n";
   }
   for (const auto& [part, site] : fault->parts) {
     text += "  " + part + "\n";
@@ -419,6 +423,7 @@ std::string Machine::finish() {
   const std::string text = fault ? report() : "";
   fault.reset();
   launches_ = 0;
+  most_blocks = UINT64_MAX;
   return text;
 }
 

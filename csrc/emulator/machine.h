@@ -99,6 +99,7 @@ class Machine {
   CallTree calls;
   Memory memory;
   uint64_t seed;
+  uint64_t most_blocks = UINT64_MAX;  // of a launch that run, its last ones
   bool instrumented = false;
   // Whether the emulator's own code runs. Templates of the standard library that both it and
   // kernels use exist once in a program, perhaps as compiled for kernels, with hooks.
@@ -123,7 +124,7 @@ class Machine {
   std::string report() const;
 
   std::vector<std::unique_ptr<Thread>> threads_;
-  int count_ = 0;  // threads in the block
+  int count_ = 0;  // threads in the block; 0 while there is none
   int at_barrier_ = 0;
   int ended_ = 0;
   std::vector<int> runnable_;

@@ -26,6 +26,8 @@ std::string finish() {
   return machine().finish();
 }
 
+void run_last_blocks(uint64_t count) { machine().most_blocks = count; }
+
 uint64_t seed() { return machine().seed; }
 
 void set_seed(uint64_t value) { machine().seed = value; }

@@ -41,6 +41,10 @@ void* device_buffer(const void* host, size_t bytes, Access access);
 // report of the first fault found since the last call, or an empty string.
 std::string finish();
 
+// Until `finish`, launches run only this many blocks, their last ones: enough to see where those of
+// a very large launch look.
+void run_last_blocks(uint64_t count);
+
 // Schedules follow from this number: M2MKD_EMULATOR_SEED, else a random one.
 uint64_t seed();
 void set_seed(uint64_t value);

@@ -268,12 +268,19 @@ std::string run_too_many_threads(bool mended) {
   return finish();
 }
 
+std::string run_no_blocks(bool mended) {
+  const Buffer<int> out(Access::write, 32);
+  RUN(part_of_a_warp, mended ? 1 : 0, 32, 0, out);
+  return finish();
+}
+
 std::vector<Case> other_cases() {
   return {
       {"float_atomic", "float atomic", {"float_atomic"}, run_float_atomic},
       {"endless", "endless loop", {"endless"}, run_endless},
       {"too_much_shared", "launch", {}, run_too_much_shared},
       {"too_many_threads", "launch", {}, run_too_many_threads},
+      {"no_blocks", "launch", {}, run_no_blocks},
   };
 }
 

@@ -60,6 +60,13 @@ def test_every_launcher_agrees_with_plain_loops() -> None:
             id="a bound off by one",
         ),
         pytest.param(
+            "moe_rows.cu",
+            "reinterpret_cast<const P*>(x) + token * packs",
+            "reinterpret_cast<const P*>(x) + int(token) * packs",
+            ("far from the start, gather: emulator: ",),
+            id="an offset in 32 bits",
+        ),
+        pytest.param(
             "moe_plan.cu",
             "counts[at] = earlier + sum - count;",
             "counts[at] = earlier + sum;",
