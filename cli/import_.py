@@ -90,13 +90,13 @@ def import_(
         raise click.UsageError("--student-config goes with --kind nac_students, and with no other")
     if kind == "nac_students" and ema:
         raise click.UsageError("published students have no moving average; leave out --ema")
-    config = _read_config(config_file)
+    config = _read_config(config_file, "nac" if kind == "nac_students" else kind)
     facts: dict[str, Any] = {"source": str(source), "kind": kind, "config": config}
     facts |= {"grid": grid, "classifier": classifier, "ema": ema}
     if kind.startswith("nac_") and kind != "nac_students":
         _import_module(source, kind, config, out, facts, ema=ema)
     else:
-        students = None if student_config is None else _read_config(student_config)
+        students = None if student_config is None else _read_config(student_config, "nac_readin")
         data = {"dataset": dataset, "root": root, "overrides": overrides}
         _import_network(source, kind, config, students, out, facts, data)
     click.echo(json.dumps(facts, indent=1, default=str) if as_json else _summary(out, facts))
@@ -165,8 +165,10 @@ def _import_module(
     write_checkpoint(out, 0, module.state_dict(), meta={"stage": "module", **facts})
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, kind: str) -> dict[str, Any]:
     import yaml
+
+    from m2mkd.models.official_config import check_keys
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -174,6 +176,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} is not a YAML mapping of keys to values")
+    try:
+        check_keys(kind, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return values
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from m2mkd.errors import ConfigError
+from m2mkd.errors import ConfigError, DataError
 from m2mkd.recipe import DataConfig, load_data
 
 _RECIPE = "recipe.yaml"
@@ -34,8 +34,15 @@ def with_root(data: DataConfig, root: Path | None) -> DataConfig:
 
     Raises:
         ConfigError: The data set is not in a folder.
+        DataError: The folder is not there (any more).
     """
     if root is None:
+        is_made = data.dataset.startswith("hfds/")  # downloads go there
+        if data.root is not None and not is_made and not data.root.exists():
+            raise DataError(
+                f"data set {data.dataset} is not in {data.root}: there is no such folder; say "
+                "where it is with --root FOLDER"
+            )
         return data
     if data.root is None:
         raise ConfigError(f"data set {data.dataset} comes with m2mkd; leave out --root")

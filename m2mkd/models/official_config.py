@@ -39,6 +39,29 @@ _PRIORS: dict[str, tuple[str, dict[str, str]]] = {
     "complete": ("complete", {}),
 }
 _SAMPLING = {"no_sample": "none", "sample": "relaxed_bernoulli", "threshold": "threshold"}
+# Keys of the published files: of an experiment with a NAC, with those that its logger adds, and of
+# its students; and of the constructors, with img_size, which ours needs where no grid tells it.
+_EXPERIMENT = (
+    *("criterion", "data", "distillation", "git_rev", "model", "optimizer", "scheduler"),
+    *("speedrun_meta", "training", "wandb", "__speedrun__"),
+)
+_STUDENTS = ("mediator", "readin", "readout", "share_kwargs")
+_NAC = (
+    *("img_size", "input_dim", "output_dim", "state_dim", "simplified_interface"),
+    *("input_tokenizer_kwargs", "input_tokenizer_type", "latent_graph_kwargs", "latent_graph_type"),
+    *("output_tokenizer_kwargs", "output_tokenizer_type", "predefined_states_dir"),
+    *("stitch_ckpt_path", "stitch_dim", "student_state_dict_dir", "student_type"),
+)
+_VIT = (
+    *("attn_drop_rate", "depth", "divided_depths", "drop_path_rate", "drop_rate", "embed_dim"),
+    *("img_size", "in_chans", "layernorm_eps", "mlp_ratio", "model", "num_classes", "num_heads"),
+    *("patch_size", "qkv_bias"),
+)
+_VMOE = (
+    *_VIT,
+    *("idx", "is_student", "moe_pos", "num_expert", "post_stitch_pos", "pre_stitch_pos"),
+    *("set_gate_hook", "stitch_dim", "top_k"),
+)
 
 
 class Section:
@@ -106,6 +129,37 @@ class Section:
         for name in sorted(self._own - self._read):
             hint = did_you_mean(name, self._read)
             raise ConfigError(f"{self.where} has an unknown key '{name}'{hint}")
+
+
+def check_keys(kind: str, config: Config) -> None:
+    """Lets keys fail that no published file has, where nobody would read them.
+
+    Args:
+        kind: As `m2mkd.models.official.load` takes it.
+        config: A published file, or the arguments of the constructor alone.
+
+    Raises:
+        ConfigError: It has other keys, and they are not null.
+    """
+    is_file = "state_dim" not in config  # the constructors of NACs need it
+    if kind in ("vit", "vmoe"):
+        _check_known("config", config, _VIT if kind == "vit" else _VMOE)
+    elif kind != "nac":
+        if is_file:  # a student's own arguments are its block's, tokenizer's and pooling's
+            _check_known("config", config, _STUDENTS)
+    elif is_file:
+        _check_known("config", config, _EXPERIMENT)
+        kwargs = Section("config.model", config.get("model")).sub("kwargs").values
+        _check_known("config.model.kwargs", kwargs, _NAC)
+    else:
+        _check_known("config", config, _NAC)
+
+
+def _check_known(where: str, values: Config, known: tuple[str, ...]) -> None:
+    unknown = [name for name, value in values.items() if name not in known and value is not None]
+    if unknown:
+        listed = ", ".join(f"'{name}'{did_you_mean(str(name), known)}" for name in unknown)
+        raise ConfigError(f"{where} has unknown keys: {listed}; known: {', '.join(known)}")
 
 
 def tokenizer_options(config: Section, state_dim: int) -> dict[str, Any]:

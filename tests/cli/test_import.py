@@ -14,8 +14,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from m2mkd.cli.main import main
+from m2mkd.errors import ConfigError
 from m2mkd.models import official
 from m2mkd.models.checkpoint import load_model, read_checkpoint
+from m2mkd.models.official_config import check_keys
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -213,6 +215,46 @@ def test_a_run_is_not_overwritten(nac_file: tuple, tmp_path: Path) -> None:
     args = [path, "--kind", "nac", "--config", config, "-o", tmp_path / "run"]
     imported(*args)
     assert "holds a run already" in error_of(*args)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            ("modle",),
+            "config has unknown keys: 'modle'; did you mean 'model'?, 'seed'; known: crit",
+        ),
+        (
+            ("model", "kwargs", "output_dims"),
+            "model.kwargs has unknown keys: 'output_dims'; did you",
+        ),
+    ],
+)
+def test_keys_that_nobody_would_read_are_listed(
+    path: tuple[str, ...], message: str, nac_file: tuple, tmp_path: Path
+) -> None:
+    checkpoint, config = nac_file
+    change(config, *path, value=7)
+    if len(path) == 1:
+        change(config, "seed", value=3)
+    text = error_of(checkpoint, "--kind", "nac", "--config", config, "-o", tmp_path / "run")
+    assert f"{config}: " in text and message in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("nac", {"git_rev": "0", "wandb": {"use": True}, "speedrun_meta": {}, "scheduler": None}),
+        ("nac", {"state_dim": 32, "student_type": "tinyimnet", "student_state_dict_dir": "x"}),
+        ("nac_readin", {"share_kwargs": {}, "readin": {}, "mediator": {}, "readout": {}}),
+        ("vit", {"model": "vit_large_patch16_224", "drop_path_rate": 0.1, "mistake": None}),
+    ],
+)
+def test_keys_of_published_files_are_known(kind: str, values: dict[str, Any]) -> None:
+    check_keys(kind, values)
+    with pytest.raises(ConfigError, match="unknown keys: 'mistake'"):
+        check_keys(kind, {**values, "mistake": 1})
 
 
 def test_a_missing_moving_average_is_an_error(nac_file: tuple, tmp_path: Path) -> None:

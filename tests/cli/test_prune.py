@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from m2mkd.cli.main import main
@@ -55,3 +56,17 @@ def test_what_is_no_run_is_an_error_of_one_line(tmp_path: Path) -> None:
         result = run("prune", tmp_path / source, "--mediators", "0.5")
         assert result.exit_code == 1
         assert f"{tmp_path / source} {message}" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("prune", "--mediators", "0.5"), ("evaluate",)])
+def test_a_data_folder_that_has_vanished_is_asked_for(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_nac_run(tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["data"] |= {"dataset": "fashion_mnist", "root": str(tmp_path / "gone")}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = run(command[0], tmp_path / "run", *command[1:])
+    assert result.exit_code == 1
+    assert f"fashion_mnist is not in {tmp_path / 'gone'}: there is no such folder" in result.stderr
+    assert "--root FOLDER" in result.stderr
