@@ -339,6 +339,8 @@ def _write_recipe(out: Path, recipe_file: Path, data: DataConfig, card: ModelCar
     """The recipe with the smaller student, for evaluate and export; it was not trained by it."""
     values = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
     values.pop("end_to_end_data", None)  # this is what `data` is from now on
+    for choice in ("grid", "classifier"):  # of what to do where the two differ
+        values.get("distill", {}).pop(choice, None)
     values |= {"name": out.name, "data": data.model_dump(mode="json")}
     values["student"] |= {"model": card.model, "model_args": card.model_args}
     text = yaml.safe_dump(values, sort_keys=False)

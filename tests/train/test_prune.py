@@ -13,7 +13,7 @@ import yaml
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import load_model, read_checkpoint, write_checkpoint
 from m2mkd.models.nac_pruning import keep_latents, latent_traffic
-from m2mkd.recipe import load_data
+from m2mkd.recipe import load_data, load_recipe
 from m2mkd.train import prune
 from m2mkd.train.progress import Reporter
 from m2mkd.train.prune import Point, choose, count_flops, prune_run
@@ -67,6 +67,19 @@ def test_the_curve_runs_from_all_mediators_to_few_and_holds_the_chosen(tmp_path:
     flops = [point["circuit_flops"] for point in result["curve"]]
     assert flops == sorted(flops, reverse=True) and flops[0] > 2 * flops[-1]
     assert all(point["circuit_ms"] > 0 < point["circuit_ms_per_image"] for point in result["curve"])
+
+
+def test_a_student_that_went_on_with_other_images_gives_an_ordinary_run(tmp_path: Path) -> None:
+    write_nac_run(tmp_path / "run")
+    recipe_file = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(recipe_file.read_text())
+    values["end_to_end_data"] = values["data"]
+    values["distill"] |= {"grid": "reset", "classifier": "reset"}
+    values["baselines"] = []
+    recipe_file.write_text(yaml.safe_dump(values))
+    prune_to(tmp_path / "small", mediators=0.5)
+    recipe = load_recipe(str(tmp_path / "small" / "recipe.yaml"))
+    assert recipe.end_to_end_data is None and recipe.distill.grid == "keep"
 
 
 def test_inputs_can_be_pruned_as_well(tmp_path: Path) -> None:
