@@ -217,6 +217,16 @@ void Memory::fail_outside(uintptr_t address, size_t size, Kind kind, Site site) 
   machine().fail(what, {{part, site}});
 }
 
+void Memory::fail_misaligned(uintptr_t address, Site site) const {
+  Machine& m = machine();
+  const Region* region = region_at(address);
+  std::string part = m.name(*m.current) + " uses an address";
+  if (region != nullptr && region->holds(address, 0)) {
+    part += place(*region, address);
+  }
+  m.fail("misaligned: an access must lie at a multiple of its size", {{part, site}});
+}
+
 void Memory::access(uintptr_t address, size_t size, Kind kind, bool aligned, Site site) {
   Machine& m = machine();
   if (size == 0) {

@@ -74,7 +74,9 @@ class Memory {
   // Checks an access by the running thread and remembers it; `aligned` where its address must be
   // a multiple of its size.
   void access(uintptr_t address, size_t size, Kind kind, bool aligned, Site site);
-  // The same for a copy to the host.
+  // Reports an access whose address is no multiple of its type's alignment.
+  void fail_misaligned(uintptr_t address, Site site) const;
+  // Checks a copy to the host.
   void check_host_read(uintptr_t address, size_t size, Site site) const;
 
  private:

@@ -1,7 +1,8 @@
 // The emulator's interface, and the functions that instrumented kernels call at every access.
 //
 // g++ -fsanitize=thread puts a call before each load and store and around each function. Those
-// calls are ThreadSanitizer's; its library is not linked, and they are defined here instead.
+// calls are ThreadSanitizer's; its library is not linked, and they are defined here instead. The
+// same goes for -fsanitize=alignment.
 
 #include "runtime.h"
 
@@ -171,6 +172,17 @@ HIDDEN void __tsan_read_range(void* p, size_t size) {
 
 HIDDEN void __tsan_write_range(void* p, size_t size) {
   check(p, size, Kind::write, false, __builtin_return_address(0));
+}
+
+// g++ -fsanitize=alignment calls this where an address is no multiple of what its type asks for,
+// also where the access that follows is split into narrower ones.
+HIDDEN void __ubsan_handle_type_mismatch_v1(void* /*where*/, void* pointer) {
+  auto& m = machine();
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (m.current != nullptr && !m.busy && m.memory.is_device(address)) {
+    const m2mkd::emulator::Call call;
+    m.memory.fail_misaligned(address, HERE);
+  }
 }
 
 HIDDEN void __tsan_init() { machine().instrumented = true; }

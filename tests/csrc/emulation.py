@@ -44,7 +44,7 @@ COMMON = [
 # The compiler then calls the emulator at every access. Lines are those of the source at -O1, and
 # binutils reads DWARF 4 better than 5. Integers wrap, as a card's do: an offset that does not fit
 # its type is out of bounds, and not whatever the optimiser makes of it.
-KERNEL = [*COMMON, "-O1", "-fwrapv", "-gdwarf-4", "-g1", "-fsanitize=thread", "-x", "c++"]
+KERNEL = [*COMMON, "-O1", "-fwrapv", "-gdwarf-4", "-g1", "-fsanitize=thread,alignment", "-x", "c++"]
 RUNTIME = [*COMMON, "-O2"]
 WRAPPER = [
     *COMMON,

@@ -98,6 +98,20 @@ void test_plan(const Sizes& s, const Plan& plan) {
   expect("offsets", offsets, plan.offsets);
 }
 
+// A plan of more blocks than the scan takes in two rounds, of which the last one runs: the counts
+// of the others, all full, are there already.
+void test_many_blocks() {
+  const int blocks = 2 * kPlanBlock + 2, tokens = blocks * kPlanBlock;
+  const Ints chosen(tokens), counts(blocks, kPlanBlock);
+  Ints row_of(tokens, -2), token_of(tokens), offsets(2);
+  m2mkd::emulator::run_last_blocks(1);
+  launch_moe_plan(read(chosen), nullptr, tokens, 1, 1, -1, tokens, update(counts), update(row_of),
+                  update(token_of), write(offsets), nullptr);
+  finish("plan of many blocks");
+  expect("offsets of many blocks", offsets, {0, tokens});
+  expect("row_of of many blocks", {row_of.back()}, {tokens - 1});
+}
+
 void test_gate(DType dtype, const Sizes& s) {
   const Floats logits = Floats::random(dtype, s.tokens * s.experts, 1);
   Floats weights(dtype, s.tokens * s.k), result(dtype, s.tokens * s.experts);
@@ -400,7 +414,7 @@ void test_circuit(DType dtype, int receivers, int senders, int width) {
 
 int main() {
   test_rounding();
-  const Sizes many_experts{40, 1, 300, 1, 1, -1};  // more than a block of the plan's scan
+  const Sizes many_experts{40, 1, 600, 1, 1, -1};  // more than two rounds of the plan's scan
   test_plan(many_experts, Plan(many_experts));
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
     for (const Sizes& s :
@@ -415,6 +429,7 @@ int main() {
     test_circuit(dtype, 9, 13, 7);
     test_circuit(dtype, 24, 20, 16);
   }
+  test_many_blocks();
   test_far_rows();
   test_far_heads();
   std::printf(failures == 0 ? "all launchers agree with plain loops\n" : "%d failures\n", failures);

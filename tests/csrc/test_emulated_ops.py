@@ -9,8 +9,11 @@ import emulation
 import op_testing
 import pytest
 import test_circuit_attention
+import test_moe_dispatch
 import torch
 from op_testing import OpTests, evaluate, needs_kernels, normal
+
+from m2mkd import ops
 
 pytestmark = needs_kernels
 
@@ -101,3 +104,21 @@ def test_grouped_gemm_takes_views_at_any_address_and_stride(rows: int) -> None:
     assert inputs["rows_MD"].data_ptr() % 16 and inputs["weight_EHD"].data_ptr() % 16
     inputs["weight_EHD"].requires_grad_()
     globals()["TestGroupedLinear"]().check_agreement(inputs, lambda out: view(*out.shape))
+
+
+def test_padding_rows_are_zero_and_get_zero_gradients() -> None:
+    torch.use_deterministic_algorithms(True)  # also fills what new_empty returns with NaN
+    try:
+        test_moe_dispatch.test_padding_rows_are_zero_and_get_zero_gradients(ops)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_values_that_only_a_trace_lets_through_stay_within_bounds() -> None:
+    experts = torch.tensor([[0], [7], [-2], [1]], dtype=torch.int32)
+    row_of, _, offsets = torch.ops.m2mkd.moe_plan(experts, None, 2, None)
+    assert row_of.flatten().tolist() == [0, -1, -1, 1]
+    assert offsets.tolist() == [0, 1, 2]
+    logits = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan] * 3])
+    _, chosen = torch.ops.m2mkd.topk_gate(logits, 2, "softmax_all")
+    assert chosen.tolist() == [[2, 1], [0, 1]]
