@@ -327,7 +327,7 @@ def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path: Path) -> N
         ({"student__model_args__gate": "softmx"}, "gate='softmx' is none of"),
         ({"student__model_args__z_weight": "high"}, "z_weight='high' is not a number"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
-        ({"teacher__model": "deit_tiny_distilled_patch16_224"}, "class_token"),
+        ({"teacher__model": "deit_tiny_distilled_patch16_224"}, "take a ViT with one class token"),
     ],
 )
 def test_impossible_recipes_stop_before_anything_is_trained(
