@@ -119,7 +119,7 @@ __global__ void topk_gate_backward_kernel(const T* grad, const T* logits, const 
   }
 }
 
-int blocks_for(int tokens) { return (tokens + kThreads / kWarp - 1) / (kThreads / kWarp); }
+int blocks_for(int tokens) { return (tokens - 1) / (kThreads / kWarp) + 1; }
 
 template <typename T>
 void gate(const void* logits, int tokens, int experts, int k, GateMode mode, void* weights,

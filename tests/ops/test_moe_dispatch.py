@@ -333,6 +333,8 @@ def test_padding_rows_are_zero_and_get_zero_gradients(module: object) -> None:
     rows = torch.cat([rows[:used], torch.full((5, 4), torch.nan)]).requires_grad_()
     out = module.grouped_linear(rows, weight, bias, wide.offsets)  # type: ignore[attr-defined]
     assert out[used:].eq(0).all()
+    plain = module.grouped_linear(rows, weight, None, wide.offsets)  # type: ignore[attr-defined]
+    assert plain[used:].eq(0).all()
     combined = module.moe_combine(out, weights, wide)  # type: ignore[attr-defined]
     assert_near(
         combined,
@@ -342,8 +344,8 @@ def test_padding_rows_are_zero_and_get_zero_gradients(module: object) -> None:
             plan,
         ),
     )
-    (grad,) = torch.autograd.grad(combined.sum(), rows)
-    assert grad[used:].eq(0).all() and grad[:used].ne(0).any()
+    for grad in torch.autograd.grad(combined.sum(), (out, rows)):
+        assert grad[used:].eq(0).all() and grad[:used].ne(0).any()
 
 
 def test_mismatched_tensors_are_refused_with_the_values() -> None:
