@@ -125,10 +125,9 @@ def write_checkpoint(
     *,
     meta: dict[str, Any],
     state: dict[str, Any] | None = None,
-    is_best: bool = False,
     keep: int = 2,
 ) -> Path:
-    """Writes `stage/step_NNNNNN` completely or not at all, and points `last` (and `best`) to it.
+    """Writes `stage/step_NNNNNN` completely or not at all, and points `last` to it.
 
     Args:
         stage: The stage's folder; made when missing.
@@ -136,14 +135,13 @@ def write_checkpoint(
         weights: Tensors by name.
         meta: JSON-able facts; `format`, `step` and `sha256` are added.
         state: Optimiser and schedule state; None for a final checkpoint.
-        is_best: Whether to point `best` here.
         keep: How many of the newest steps stay, besides the best.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; earlier checkpoints
             stay as they were.
     """
-    final = stage / f"step_{step:06d}"
+    final = _step_folder(stage, step)
     partial = stage / f".{final.name}.tmp"
     try:
         stage.mkdir(parents=True, exist_ok=True)
@@ -165,8 +163,6 @@ def write_checkpoint(
         partial.rename(final)
         _sync(stage)
         write_text(stage / "last", final.name)
-        if is_best:
-            write_text(stage / "best", final.name)
         _forget_old(stage, keep)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -174,6 +170,30 @@ def write_checkpoint(
             raise  # torch raises the death of a worker wherever the main process happens to be
         raise write_failure(final, error) from error
     return final
+
+
+def amend_checkpoint(stage: Path, step: int, facts: dict[str, Any], *, is_best: bool) -> None:
+    """Changes facts of the meta.json of a step, its weights left alone.
+
+    Args:
+        stage: The stage's folder.
+        step: Which step, written before.
+        facts: What to add or replace.
+        is_best: Whether to point `best` to it.
+
+    Raises:
+        CheckpointError: There is no such step, or it cannot be written.
+    """
+    folder = _step_folder(stage, step)
+    meta = {**_read_meta(folder), **facts}
+    meta["sha256"][_META] = _sha256_of_meta(meta)
+    write_text(folder / _META, json.dumps(meta, indent=1, default=str))
+    if is_best:
+        write_text(stage / "best", folder.name)
+
+
+def _step_folder(stage: Path, step: int) -> Path:
+    return stage / f"step_{step:06d}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -311,7 +331,7 @@ def _find_step(path: Path) -> Path:
     pointer = stage / "last"
     if not pointer.is_file():
         raise CheckpointError(f"{path} is neither a run folder nor a checkpoint of m2mkd")
-    return stage / pointer.read_text().strip()
+    return stage / pointer.read_text(errors="replace").strip()
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -359,7 +379,7 @@ def _steps(stage: Path) -> list[Path]:
 
 def _forget_old(stage: Path, keep: int) -> None:
     best = stage / "best"
-    best_name = best.read_text().strip() if best.is_file() else ""
+    best_name = best.read_text(errors="replace").strip() if best.is_file() else ""
     for folder in _steps(stage)[:-keep]:
         if folder.name != best_name:
             shutil.rmtree(folder, ignore_errors=True)

@@ -29,7 +29,7 @@ def last_checkpoint(folder: Path) -> Path:
     pointer = folder / "last"
     if not pointer.is_file():
         raise CheckpointError(f"{folder} holds no checkpoint; run that stage first")
-    return folder / pointer.read_text().strip()
+    return folder / pointer.read_text(errors="replace").strip()
 
 
 def weights_of_pair(weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from m2mkd.errors import (
 )
 from m2mkd.models.checkpoint import (
     Checkpoint,
+    amend_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     read_json,
@@ -191,12 +192,16 @@ class _Trainer:
         self.clock = time.monotonic()
         self.step = 0
         self.stops = False
+        self.saved = 0
+        self.must_evaluate = False
 
     def run(self) -> None:
         self._resume()
         reporter = self.context.reporter
         reporter.start(self.job.name, self.total, self.step)
         try:
+            if self.must_evaluate:
+                self._evaluate(self.step // self.steps_per_epoch - 1)
             for epoch in range(self.step // self.steps_per_epoch, self.job.schedule.epochs):
                 self._epoch(epoch)
         finally:
@@ -208,22 +213,32 @@ class _Trainer:
         first = self.step - epoch * self.steps_per_epoch
         began, images_seen = time.monotonic(), 0
         batches = self.context.data.train_batches(epoch, first)
-        while step_batches := list(islice(batches, self.context.data.accumulate)):
+        while step_batches := self._next_of(batches):
             result = self._train_step(step_batches)
             self.step += 1
             images_seen += self.world.size * sum(len(labels) for _, labels in step_batches)
             speed = images_seen / (time.monotonic() - began)
             self._report(result, epoch, speed)
             is_end = self.step % self.steps_per_epoch == 0
-            if is_end:
-                self._evaluate(epoch)
             stops = self.stops if self.world.size > 1 else self.context.stop.is_set
             if is_end or self.step % self.every == 0 or stops:
                 self._save()
+            if is_end:
+                self._evaluate(epoch)
             if stops and self.step < self.total:
                 raise self.context.stop.exception(
                     f"stopped in {self.job.name} after step {self.step} of {self.total}"
                 )
+
+    def _next_of(self, batches: Iterator[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The batches of one step; where they cannot be read, the steps before it are saved."""
+        try:
+            return list(islice(batches, self.context.data.accumulate))
+        except Exception:  # whatever it is: the network is as the last step left it
+            # Several processes save together, and the others do not know.
+            if self.world.size == 1 and self.step > self.saved:
+                self._save()
+            raise
 
     def _train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         # Processes draw different numbers; process 0 those of a run of one process.
@@ -292,6 +307,7 @@ class _Trainer:
             self._log({"step": self.step, "epoch": epoch, "lr": lr, **numbers})
 
     def _evaluate(self, epoch: int) -> None:
+        """Grades what was just saved, so that an evaluation that fails costs no training."""
         if self.job.evaluate is None:
             return
         try:
@@ -300,6 +316,18 @@ class _Trainer:
             raise self._not_finite(f"evaluation: {error}") from None
         self.latest["validation"] = numbers
         self._log({"step": self.step, "epoch": epoch, "validation": numbers})
+        is_best = numbers.get("top1", -math.inf) > self.best
+        if is_best:
+            self.best = numbers["top1"]
+        if not self.world.is_main:
+            return
+        if self.context.guard is not None:
+            self.context.guard()
+        facts = {"latest": self._with_seconds(), "best": self._best(), "is_graded": True}
+        amend_checkpoint(self.job.folder, self.step, facts, is_best=is_best)
+
+    def _best(self) -> float | None:
+        return None if math.isinf(self.best) else self.best
 
     def _log(self, line: dict[str, Any]) -> None:
         if not self.world.is_main:
@@ -313,10 +341,6 @@ class _Trainer:
         self.context.track(line)
 
     def _save(self) -> None:
-        accuracy = self.latest.get("validation", {}).get("top1")
-        is_best = accuracy is not None and accuracy > self.best
-        if is_best:
-            self.best = accuracy
         weights = self.parallel.weights()
         state: dict[str, Any] = {"optimizer": self.parallel.optimizer_state(self.optimizer)}
         if not self.world.is_main:
@@ -331,7 +355,8 @@ class _Trainer:
             "digest": self.job.digest,
             "images_per_step": self.context.data.images_per_step,
             "latest": self._with_seconds(),
-            "best": None if math.isinf(self.best) else self.best,
+            "best": self._best(),
+            "is_graded": False,
         }
         write_checkpoint(
             self.job.folder,
@@ -339,8 +364,8 @@ class _Trainer:
             weights,
             meta=meta,
             state=state if self.step < self.total else None,
-            is_best=is_best,
         )
+        self.saved = self.step
 
     def _with_seconds(self) -> dict[str, Any]:
         """The latest numbers, with the training time of all sittings brought up to date."""
@@ -353,10 +378,12 @@ class _Trainer:
         checkpoint = self._find_checkpoint()
         if checkpoint is None:
             return
-        self.step = checkpoint.meta["step"]
+        self.step = self.saved = checkpoint.meta["step"]
         self.latest = checkpoint.meta.get("latest", {})
         best = checkpoint.meta.get("best")
         self.best = -math.inf if best is None else best
+        is_end = self.step > 0 and self.step % self.steps_per_epoch == 0
+        self.must_evaluate = is_end and _lacks_grade(checkpoint.meta)
         try:
             self.parallel.load_weights(checkpoint.weights)
             if self.step < self.total:
@@ -400,17 +427,23 @@ class _Trainer:
     def _tidy(self, checkpoint: Checkpoint | None) -> None:
         """Makes pointers and metrics agree with the step that the run goes on from.
 
-        A kill may have come between a checkpoint and the pointers to it.
+        A kill may have come between a checkpoint and the pointers to it, or its evaluation.
         """
         if checkpoint is None:
-            _truncate(self.metrics, 0)
+            _truncate(self.metrics, 0, is_graded=True)
             return
         write_text(self.job.folder / "last", checkpoint.path.name)
         best = checkpoint.meta.get("best")
         reached = checkpoint.meta.get("latest", {}).get("validation", {}).get("top1")
-        if best is not None and best == reached:
+        is_graded = not _lacks_grade(checkpoint.meta)
+        if is_graded and best is not None and best == reached:
             write_text(self.job.folder / "best", checkpoint.path.name)
-        _truncate(self.metrics, checkpoint.meta["step"])
+        _truncate(self.metrics, checkpoint.meta["step"], is_graded=is_graded)
+
+
+def _lacks_grade(meta: dict[str, Any]) -> bool:
+    """Whether a checkpoint was not evaluated; those of earlier versions were, then written."""
+    return not meta.get("is_graded", True)
 
 
 def _separate_parts(module: nn.Module) -> list[nn.Module]:
@@ -522,20 +555,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [dict(line) for line in lines]
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; remove it") from None
 
 
-def _truncate(metrics: Path, step: int) -> None:
-    """Drops metrics lines of steps after `step`, so that a resumed file has each step once."""
+def _truncate(metrics: Path, step: int, *, is_graded: bool) -> None:
+    """Drops metrics lines of steps after `step`, so that a resumed file has each step once; and
+    the evaluation of `step` itself where it will be repeated."""
     if not metrics.is_file():
         return
     kept = []
     for line in metrics.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            numbers = json.loads(line)
+            is_repeated = numbers["step"] == step and "validation" in numbers and not is_graded
+            if numbers["step"] <= step and not is_repeated:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # a line cut short by a kill
     write_text(metrics, "".join(f"{line}\n" for line in kept))

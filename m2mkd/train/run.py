@@ -136,6 +136,8 @@ class Run:
         """Lets a complete stage whose last checkpoint was damaged go on from an earlier one."""
         try:
             read_checkpoint(last_checkpoint(folder))
+            if folder.name == "end_to_end":
+                read_json(folder / "assembly.json")
         except CheckpointError as error:
             joint = self.out / "distill" / "joint"
             if folder.parent == joint.parent and folder != joint and joint.is_dir():
@@ -470,7 +472,10 @@ class Run:
         digest = self.plan[name].digest
 
         def is_recorded() -> bool:
-            return path.is_file() and read_json(path).get("digest") == digest
+            try:
+                return read_json(path).get("digest") == digest
+            except CheckpointError:  # none yet, or damaged
+                return False
 
         if self.world.on_main(is_recorded):
             return

@@ -13,6 +13,7 @@ from m2mkd.errors import CheckpointError
 from m2mkd.models import checkpoint as checkpoints
 from m2mkd.models.checkpoint import (
     ModelCard,
+    amend_checkpoint,
     load_model,
     newest_checkpoint,
     read_checkpoint,
@@ -39,10 +40,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_the_two_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        write(tmp_path, step, is_best=step == 1)
+        write(tmp_path, step)
+        amend_checkpoint(tmp_path, step, {"accuracy": 7.0 / step}, is_best=step == 1)
     names = sorted(path.name for path in tmp_path.glob("step_*"))
     assert names == ["step_000001", "step_000003", "step_000004"]
     assert (tmp_path / "best").read_text() == "step_000001"
+    meta = read_checkpoint(tmp_path / "step_000001").meta
+    assert meta["accuracy"] == 7.0 and meta["note"] == "x"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])

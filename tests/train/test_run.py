@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import SCHEDULE, VALUES, Killed, KillingReporter, metrics, tiny_recipe
 
-from m2mkd.errors import CheckpointError, ConfigError, M2MKDError, TrainingError
+from m2mkd.errors import CheckpointError, ConfigError, DataError, M2MKDError, TrainingError
 from m2mkd.models import checkpoint as checkpoints
 from m2mkd.models.checkpoint import load_model
 from m2mkd.train.execute import train
+from m2mkd.train.image_set import ImageDataset
 from m2mkd.train.progress import Reporter
 from m2mkd.train.run import Run
 from m2mkd.train.stopping import Interrupted
@@ -124,6 +125,65 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that_checkpoint(
     train(tiny_recipe(), out, Reporter(quiet=True))
     assert_same_run(out, reference[0])
     assert not list(out.rglob(".step_*.tmp"))
+
+
+def test_small_files_that_are_damaged_are_made_anew(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference[0], out)
+    (out / "meta" / "last").write_bytes(b"\xff")
+    (out / "end_to_end" / "assembly.json").write_text("{")
+    summary = train(tiny_recipe(), out, Reporter(quiet=True))
+    assert summary is not None and summary["accuracy"] == reference[1]["accuracy"]
+    assert_same_run(out, reference[0])
+    started = [
+        json.loads((run / "end_to_end/assembly.json").read_text()) for run in (out, reference[0])
+    ]
+    assert started[0] == started[1]
+
+
+def test_an_evaluation_that_fails_costs_no_training(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, reporter = tmp_path / "run", KillingReporter()
+    real, calls = Run.evaluate_together, itertools.count()
+
+    def failing(run: Run, model: Any) -> Any:
+        if next(calls) in (0, 1, 3):  # after the first epoch, when resumed, after the last epoch
+            raise DataError("an image went away")
+        return real(run, model)
+
+    monkeypatch.setattr(Run, "evaluate_together", failing)
+    for _ in range(3):
+        with pytest.raises(DataError, match="went away"):
+            train(tiny_recipe(), out, reporter, stage="meta")
+    train(tiny_recipe(), out, reporter, stage="meta")
+    assert reporter.reported == [("meta", step) for step in range(1, 11)]
+    assert metrics(out)["meta"] == metrics(reference[0])["meta"]
+    assert [(out / "meta" / name).read_text() for name in ("last", "best")] == [
+        (reference[0] / "meta" / name).read_text() for name in ("last", "best")
+    ]
+
+
+def test_an_image_that_cannot_be_read_costs_no_step(
+    reference: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, reporter = tmp_path / "run", KillingReporter()
+    real, calls = ImageDataset.image, itertools.count()
+
+    def failing(images: ImageDataset, index: int) -> Any:
+        if next(calls) == 100:  # in the fourth batch of 32
+            raise DataError("an image went away")
+        return real(images, index)
+
+    monkeypatch.setattr(ImageDataset, "image", failing)
+    with pytest.raises(DataError, match="went away"):
+        train(tiny_recipe(), out, reporter, stage="meta")
+    assert (out / "meta" / "last").read_text() == "step_000003"
+    train(tiny_recipe(), out, reporter, stage="meta")
+    assert reporter.reported == [("meta", step) for step in range(1, 11)]
+    assert metrics(out)["meta"] == metrics(reference[0])["meta"]
 
 
 def test_a_kill_before_the_pointer_to_the_last_checkpoint_loses_nothing(
