@@ -1,6 +1,10 @@
-"""Asking a run to save and end: Ctrl-C by a person, SIGTERM or SIGUSR1 by a scheduler."""
+"""Asking a run to save and end: Ctrl-C by a person, SIGTERM or SIGUSR1 by a scheduler, SIGHUP by a
+terminal that closes.
+"""
 
+import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -56,20 +60,34 @@ class StopRequest:
 
 @contextmanager
 def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
-    """Makes Ctrl-C, SIGTERM and SIGUSR1 set `stop`; only the main thread can."""
+    """Makes Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP set `stop`; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def request(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         stop.set(number)
 
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, *_SCHEDULER)}
+    asking = [signal.SIGINT, *_SCHEDULER]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        asking.append(signal.SIGHUP)
+    previous = {s: signal.signal(s, request) for s in asking}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Sends what was written to a terminal nowhere: it is gone, and writing to it would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def outlive_signals(worker: int) -> None:
@@ -80,4 +98,5 @@ def outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE))

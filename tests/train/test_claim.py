@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import VALUES, metrics, tiny_recipe
 
 from m2mkd.errors import BusyError, CheckpointError
+from m2mkd.models.checkpoint import read_checkpoint
 from m2mkd.train import claim, execute
 from m2mkd.train.claim import Claim, check_free
 from m2mkd.train.execute import train
@@ -244,4 +246,25 @@ def test_a_schedulers_signal_saves_and_exits_0_with_workers_too(tmp_path: Path, 
     assert f"on {name}; state saved, queue the same command again" in errors
     steps = int(errors.partition("after step ")[2].split()[0])
     assert (out / "meta" / "last").read_text() == f"step_{steps:06d}"
+    assert not (out / "meta" / "RUNNING").exists()
+
+
+def test_a_terminal_that_closes_costs_no_step(tmp_path: Path) -> None:
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump({**VALUES, "meta": {"epochs": 3000, "lr": 1e-3}}))
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "m2mkd.cli", "train", str(path), "--out", str(out)],
+        stdin=subprocess.DEVNULL,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+    )
+    os.close(inner)
+    while process.poll() is None and not (out / "meta" / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    os.close(terminal)
+    assert process.wait(timeout=300) == 130
+    assert read_checkpoint(out / "meta" / (out / "meta" / "last").read_text()).meta["step"] > 0
     assert not (out / "meta" / "RUNNING").exists()
