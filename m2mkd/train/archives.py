@@ -71,11 +71,13 @@ def cub(root: Path, mode: str) -> tuple[ImageDataset, ImageDataset]:
     foreign = set(labels.values()) - set(classes)
     if foreign:
         raise DataError(f"cub: {base}/classes.txt lacks class {some(foreign)}")
+    if not (base / "images").is_dir():
+        raise DataError(f"cub: there is no folder {base}/images; {contents(base)}")
     images = FileImages([str(base / "images" / path) for path in paths.values()], mode=mode)
     whole = ImageDataset(
         images, np.array([position[labels[key]] for key in paths], dtype=np.int64), names
     )
-    is_training = np.array([training[key] == "1" for key in paths])
+    is_training = np.array([training[key] == "1" for key in paths], dtype=bool)
     return whole.subset(np.flatnonzero(is_training)), whole.subset(np.flatnonzero(~is_training))
 
 
@@ -115,7 +117,11 @@ def tar_shards(root: Path, mode: str, prefix: str) -> tuple[ImageDataset, ImageD
     file = root / "classes.txt"
     names = [str(i) for i in range(count)]
     if file.is_file():
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line]
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"wds: cannot read {file}: {error}") from None
+        names = [line.strip() for line in lines if line]
     most = int(max(part.max() for part in labels))
     if most >= len(names):
         raise DataError(f"wds/{prefix}: class {most} is above the {len(names)} known classes")
@@ -144,7 +150,7 @@ def _samples(shards: list[Path]) -> list[tuple[TarMember, int]]:
                         images[key] = TarMember(str(shard), item.offset_data, item.size, item.name)
                     elif ending == "cls":
                         content = archive.extractfile(item)
-                        classes[key] = int(content.read()) if content else -1
+                        classes[key] = _class_number(content.read() if content else b"", item.name)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise DataError(f"wds: cannot read shard {shard}: {error}") from None
         if images.keys() != classes.keys() or not images:
@@ -154,6 +160,12 @@ def _samples(shards: list[Path]) -> list[tuple[TarMember, int]]:
             )
         found += [(member, classes[key]) for key, member in images.items()]
     return found
+
+
+def _class_number(content: bytes, name: str) -> int:
+    if not content.strip().isdigit():
+        raise ValueError(f"{name} holds {content[:20]!r}, which is no class number")
+    return int(content)
 
 
 def hugging_face(root: Path | None, mode: str, name: str) -> tuple[ImageDataset, ImageDataset]:

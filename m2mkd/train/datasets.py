@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torchvision.datasets import FashionMNIST
 
 from m2mkd.errors import DataError
-from m2mkd.recipe import DataConfig
+from m2mkd.recipe import EVALUATION_ONLY, DataConfig
 from m2mkd.train import archives, folders
 from m2mkd.train.image_set import ArrayImages, ImageDataset, Indices, contents
 
@@ -39,6 +39,11 @@ def load_datasets(config: DataConfig) -> tuple[ImageDataset, ImageDataset]:
         raise
     except OSError as error:  # such as a missing permission, anywhere in a tree
         raise DataError(f"{config.dataset}: cannot read the data: {error}") from None
+    if not len(validation) or not (len(train) or config.dataset in EVALUATION_ONLY):
+        raise DataError(
+            f"{config.dataset}: there are {len(train)} training and {len(validation)} validation "
+            f"images; both are needed; check data.root {config.root}"
+        )
     if validation.num_classes < 2:
         raise DataError(
             f"{config.dataset}: there is one class only, {validation.class_names[0]}, so there is "

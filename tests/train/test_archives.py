@@ -97,6 +97,20 @@ def test_lists_of_cub_that_disagree_are_reported(tmp_path: Path) -> None:
         load("cub", tmp_path)
 
 
+def test_a_split_of_cub_without_images_is_reported(tmp_path: Path) -> None:
+    base = cub(tmp_path)
+    (base / "train_test_split.txt").write_text("1 1\n2 1\n3 1\n")
+    with pytest.raises(DataError, match="3 training and 0 validation images; both are needed"):
+        load("cub", tmp_path)
+    for name in ("images", "image_class_labels", "train_test_split"):
+        (base / f"{name}.txt").write_text("")
+    with pytest.raises(DataError, match="0 training and 0 validation images"):
+        load("cub", tmp_path)
+    (base / "images").rename(base / "pictures")
+    with pytest.raises(DataError, match=r"there is no folder .*CUB_200_2011/images; .* pictures"):
+        load("cub", tmp_path)
+
+
 def shard(path: Path, samples: list[tuple[str, int | None, bytes | None]]) -> None:
     with tarfile.open(path, "w") as archive:
         for key, label, image in samples:
@@ -145,6 +159,17 @@ def test_wrong_shards_are_reported(tmp_path: Path) -> None:
     (root / "b-train-002.tar").write_bytes(b"no archive at all")
     with pytest.raises(DataError, match=r"cannot read shard .*b-train-002\.tar"):
         load("wds/", root)
+
+
+def test_what_is_no_class_in_a_shard_is_named(tmp_path: Path) -> None:
+    root = shards(tmp_path)
+    shard(root / "b-train-002.tar", [("a/3", -1, encoded(0))])
+    with pytest.raises(DataError, match=r"b-train-002\.tar: a/3\.cls holds b'-1', which is no cla"):
+        load("wds/b-", root)
+    (root / "b-train-002.tar").unlink()
+    (root / "classes.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"cannot read .*classes\.txt"):
+        load("wds/b-", root)
 
 
 def test_a_damaged_image_in_a_shard_is_named(tmp_path: Path) -> None:
