@@ -149,10 +149,10 @@ def test_an_evaluation_that_fails_costs_no_training(
     out, reporter = tmp_path / "run", KillingReporter()
     real, calls = Run.evaluate_together, itertools.count()
 
-    def failing(run: Run, model: Any) -> Any:
+    def failing(run: Run, model: Any, data: Any) -> Any:
         if next(calls) in (0, 1, 3):  # after the first epoch, when resumed, after the last epoch
             raise DataError("an image went away")
-        return real(run, model)
+        return real(run, model, data)
 
     monkeypatch.setattr(Run, "evaluate_together", failing)
     for _ in range(3):
