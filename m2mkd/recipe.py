@@ -546,7 +546,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: '{parent}' is a value, not a section")
-        values = child
+        values[parent] = dict(child)  # an alias in YAML is the same object in two places
+        values = values[parent]
     values[last] = _parse_yaml(text, f"--set {override}")
 
 

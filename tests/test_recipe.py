@@ -275,6 +275,15 @@ def test_overrides_change_values_of_every_kind(small: str) -> None:
     assert recipe.baselines == ["logit_kd"] and recipe.distill.schedule.clip_grad is None
 
 
+def test_an_override_leaves_what_shares_an_alias_alone(tmp_path: Path) -> None:
+    path = tmp_path / "shared.yaml"
+    schedule = "{epochs: 1, lr: 0.001}"
+    text = SMALL.replace(f"end_to_end: {schedule}", "end_to_end: *all")
+    path.write_text(text.replace(f"meta: {schedule}", f"meta: &all {schedule}"))
+    recipe = load_recipe(str(path), ("end_to_end.epochs=77",))
+    assert (recipe.end_to_end.epochs, recipe.meta.epochs) == (77, 1)
+
+
 def test_the_last_of_two_overrides_counts(small: str) -> None:
     assert load_recipe(small, ("seed=1", "seed=2")).seed == 2
 
