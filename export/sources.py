@@ -38,7 +38,7 @@ def with_root(data: DataConfig, root: Path | None) -> DataConfig:
     """
     if root is None:
         is_made = data.dataset.startswith("hfds/")  # downloads go there
-        if data.root is not None and not is_made and not data.root.exists():
+        if data.root is not None and not is_made and not data.root.expanduser().exists():
             raise DataError(
                 f"data set {data.dataset} is not in {data.root}: there is no such folder; say "
                 "where it is with --root FOLDER"

@@ -9,6 +9,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from m2mkd.cli.main import main
+from m2mkd.export.sources import with_root
+from m2mkd.recipe import DataConfig
 from m2mkd.train import prune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -70,3 +72,12 @@ def test_a_data_folder_that_has_vanished_is_asked_for(
     assert result.exit_code == 1
     assert f"fashion_mnist is not in {tmp_path / 'gone'}: there is no such folder" in result.stderr
     assert "--root FOLDER" in result.stderr
+
+
+def test_a_data_folder_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    data = DataConfig(dataset="image_folder", root=Path("~/images"))
+    assert with_root(data, None) == data
