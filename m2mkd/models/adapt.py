@@ -52,8 +52,9 @@ def adapt(
     if place == "tokenizer.grid":
         return resize_grid(tensor, (own.shape[1], own.shape[2]))
     assert isinstance(module, VisionTransformer)
+    count = 0 if module.no_embed_class else module.num_prefix_tokens
     resized: Tensor = resample_abs_pos_embed(
-        tensor, list(module.patch_embed.grid_size), num_prefix_tokens=module.num_prefix_tokens
+        tensor, list(module.patch_embed.grid_size), num_prefix_tokens=count
     )
     return resized
 

@@ -102,8 +102,9 @@ class ImageData:
         """
         try:
             self.train, self.validation = load_datasets(config)
-        except DataError as error:
-            raise DataError(named_for(key, str(error))) from None
+            self._augmented = Preparation(config, is_training=True)
+        except (ConfigError, DataError) as error:
+            raise type(error)(named_for(key, str(error))) from None
         self.class_names = self.train.class_names
         self.num_classes = self.train.num_classes
         self._world = world or World()
@@ -121,7 +122,6 @@ class ImageData:
         self.key = key
         self._config = config
         self._seed = seed
-        self._augmented = Preparation(config, is_training=True)
         self._plain = Preparation(config, is_training=False)
         self._unreadable: set[tuple[str, int]] = set()
 

@@ -17,7 +17,8 @@ from tiny import tiny_recipe
 from m2mkd.cli.main import main
 from m2mkd.errors import ConfigError, DataError
 from m2mkd.export.sources import run_data
-from m2mkd.models import NAC
+from m2mkd.models import NAC, create_vit
+from m2mkd.models.adapt import adapt
 from m2mkd.models.checkpoint import load_model
 from m2mkd.recipe import Recipe
 from m2mkd.train.data import ImageData
@@ -183,6 +184,21 @@ def test_a_nac_keeps_what_its_images_and_classes_leave(images: Path, grid: str) 
     assert student(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("no_embed_class", [False, True])
+def test_positions_are_resized_with_and_without_one_of_the_class_token(
+    no_embed_class: bool,
+) -> None:
+    sizes = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    sizes |= {"no_embed_class": no_embed_class}
+    small, large = (
+        create_vit("vit_tiny_patch16_224", sizes, num_classes=3, image_size=size, channels=1)
+        for size in (8, 12)
+    )
+    resized = adapt("pos_embed", torch.ones_like(small.pos_embed), large, grid="resize")
+    assert resized is not None and resized.shape == large.pos_embed.shape
+    torch.testing.assert_close(resized, torch.ones_like(resized))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -220,6 +236,9 @@ def test_mistakes_in_the_data_name_their_section(images: Path, tmp_path: Path) -
     too_large = own_data(images, batch_size=16, accumulate=2)
     with pytest.raises(ConfigError, match=r"lower end_to_end_data.batch_size"):
         Run(changed(images, end_to_end_data=too_large), tmp_path, quiet)
+    unknown = own_data(images, augment={"auto_augment": "rnd"})
+    with pytest.raises(ConfigError, match=r"end_to_end_data.augment.auto_augment='rnd' is not a"):
+        Run(changed(images, end_to_end_data=unknown), tmp_path, quiet)
     (tmp_path / "idx").mkdir()
     no_idx = own_data(tmp_path / "idx", dataset="fashion_mnist")
     with pytest.raises(DataError, match=r"set end_to_end_data.root to the folder of the idx"):
