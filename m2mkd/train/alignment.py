@@ -10,7 +10,7 @@ from torch import nn
 from m2mkd.distill import AlignTask, Hybrid, assemble
 from m2mkd.models import split_vit, start_as_teacher
 from m2mkd.models.checkpoint import read_checkpoint, read_json, write_text
-from m2mkd.train.folder import last_checkpoint, weights_of_pair
+from m2mkd.train.folder import holds_facts, last_checkpoint, weights_of_pair
 
 if TYPE_CHECKING:
     from m2mkd.train.run import Run
@@ -69,11 +69,7 @@ def _record_start(run: "Run", stages: list[nn.Module], modules: list[nn.Module])
     """Grades the hybrids before any training, once."""
     path = run.out / NAME / _START
     digest = run.plan[NAME].digest
-
-    def is_recorded() -> bool:
-        return path.is_file() and read_json(path).get("digest") == digest
-
-    if run.world.on_main(is_recorded):
+    if run.world.on_main(lambda: holds_facts(path, digest)):
         return
     before = _stages(run, run.load("meta")) if "meta" in run.plan else stages
     top1 = grade_hybrids(before, modules, _grader(run))

@@ -32,6 +32,14 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / pointer.read_text(errors="replace").strip()
 
 
+def holds_facts(path: Path, digest: str) -> bool:
+    """Whether a file of facts about a stage can be read and is of these settings."""
+    try:
+        return bool(read_json(path).get("digest") == digest)
+    except CheckpointError:  # none yet, or damaged
+        return False
+
+
 def weights_of_pair(weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     """Weights of one module under its own names (`pair-00.blocks...` -> `blocks...`)."""
     prefix = f"{pair_name(index)}."

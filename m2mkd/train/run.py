@@ -41,7 +41,13 @@ from m2mkd.train.claim import Claim, check_free
 from m2mkd.train.data import ImageData
 from m2mkd.train.evaluate import Evaluation, evaluate_model, evaluate_together
 from m2mkd.train.failures import failures_named
-from m2mkd.train.folder import digest_of, last_checkpoint, metrics_of_pair, weights_of_pair
+from m2mkd.train.folder import (
+    digest_of,
+    holds_facts,
+    last_checkpoint,
+    metrics_of_pair,
+    weights_of_pair,
+)
 from m2mkd.train.loop import Context, Job, check_schedule, fit, read_done
 from m2mkd.train.networks import Networks, versions
 from m2mkd.train.parallel import check_parallel
@@ -138,6 +144,8 @@ class Run:
             read_checkpoint(last_checkpoint(folder))
             if folder.name == "end_to_end":
                 read_json(folder / "assembly.json")
+            elif folder.name == alignment.NAME:
+                alignment.hybrids_before(self)
         except CheckpointError as error:
             joint = self.out / "distill" / "joint"
             if folder.parent == joint.parent and folder != joint and joint.is_dir():
@@ -470,14 +478,7 @@ class Run:
         """Measures an assembled network before it is trained end to end, once."""
         path = self.out / name / "assembly.json"
         digest = self.plan[name].digest
-
-        def is_recorded() -> bool:
-            try:
-                return read_json(path).get("digest") == digest
-            except CheckpointError:  # none yet, or damaged
-                return False
-
-        if self.world.on_main(is_recorded):
+        if self.world.on_main(lambda: holds_facts(path, digest)):
             return
         accuracy = asdict(self.evaluate_together(model.to(self.device), self.data_of(name)))
         facts = {"digest": digest, "accuracy": accuracy, **facts}

@@ -1,5 +1,6 @@
 """A teacher that was trained elsewhere: the meta model learns from its modules before the pairs."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def test_an_alignment_that_was_killed_ends_with_the_same_weights(
     assert metrics(out)["alignment"] == metrics(reference[0])["alignment"]
     start = "alignment/start.json"
     assert (out / start).read_text() == (reference[0] / start).read_text()
+
+
+def test_a_damaged_record_of_the_start_is_made_anew(
+    reference: tuple[Path, dict[str, Any]], weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference[0] / "alignment", out / "alignment")
+    shutil.copytree(reference[0] / "teacher", out / "teacher")
+    (out / "alignment" / "start.json").write_text("{")
+    reporter = KillingReporter()
+    train(given(weights), out, reporter, stage="teacher")
+    start = "alignment/start.json"
+    assert (out / start).read_text() == (reference[0] / start).read_text()
+    assert reporter.reported == []
 
 
 def test_pairs_are_taught_in_the_aligned_meta_model(
