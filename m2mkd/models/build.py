@@ -216,9 +216,8 @@ def place_weights(
         missing, unplaced = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{source} does not fit the model and its model_args: {detail}"
-        ) from (None)
+        message = f"{source} does not fit the model and its model_args: {detail}"
+        raise CheckpointError(message) from None
     problems = [f"no place for {name}" for name in unplaced]
     problems += [
         f"{name} is missing"
