@@ -191,11 +191,16 @@ def _is_flat(folder: Path) -> bool:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(entry.suffix.lower() in IMG_EXTENSIONS for entry in folder.iterdir())
+    return any(
+        entry.suffix.lower() in IMG_EXTENSIONS and not entry.name.startswith(".")
+        for entry in folder.iterdir()
+    )
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    return sorted(
+        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
 
 
 def _looks_like(root: Path) -> str:

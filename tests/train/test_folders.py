@@ -141,6 +141,7 @@ def imagenet(base: Path) -> Path:
 @pytest.mark.parametrize("inside", ["", "ILSVRC/Data/CLS-LOC"])
 def test_imagenet_is_read_as_kaggle_packs_it(tmp_path: Path, inside: str) -> None:
     imagenet(tmp_path / inside)
+    (tmp_path / inside / "val" / ".ipynb_checkpoints").mkdir()
     (tmp_path / "LOC_val_solution.csv").write_text(
         "ImageId,PredictionString\n"
         f"ILSVRC2012_val_00000001,{WNIDS[1]} 85 1 499 272 {WNIDS[1]} 3 4 5 6\n"
