@@ -118,6 +118,7 @@ def test_commands_take_the_images_of_the_network_at_hand(run: Finished) -> None:
         )
     page = (out / "report.html").read_text()
     assert "teacher, on digits" in page and "12 held-out images" in page
+    assert "digits, and it goes on with image_folder" in page
 
 
 def test_a_dry_run_shows_both_data_sets(run: Finished) -> None:
