@@ -289,7 +289,7 @@ class _Trainer:
     def _not_finite(self, what: str) -> TrainingError:
         pointer = self.job.folder / "last"
         kept = (
-            f"the last good checkpoint is {self.job.folder / pointer.read_text().strip()}"
+            f"the last checkpoint is {self.job.folder / pointer.read_text().strip()}"
             if pointer.is_file()
             else "no checkpoint was written yet"
         )
