@@ -61,6 +61,7 @@ def train(
         from m2mkd.train.execute import train as run_recipe
         from m2mkd.train.progress import Reporter
         from m2mkd.train.run import Run
+        from m2mkd.train.world import leave_world
 
         settings = load_recipe(recipe, overrides)
         out = out or Path("runs") / settings.name
@@ -82,12 +83,13 @@ def train(
                 )
             except Preempted as stopped:
                 reporter.message(f"{stopped}; state saved, queue the same command again{once}")
-                return
+                summary = None
             except Interrupted as stopped:
                 reporter.message(f"{stopped}; the same command{once} goes on from there")
                 raise
     if summary is not None:
         click.echo(json.dumps(summary, indent=1) if as_json else _table(summary, out))
+    leave_world()
 
 
 def _describe(run: Any) -> str:

@@ -7,6 +7,7 @@ with any number of workers. Letters: B batch, C channels, H height, W width.
 
 import math
 import random
+import time
 from collections.abc import Iterable, Iterator
 from copy import copy
 from typing import NamedTuple
@@ -27,12 +28,34 @@ from m2mkd.train.world import World
 __all__ = ["ImageData", "ImageDataset", "load_datasets"]
 
 
+# How long the signal that a worker died may take after the connection to it broke.
+_SIGNAL_SECONDS = 5.0
+
+
 class _Batch(NamedTuple):
     images_BCHW: Tensor
     labels_B: Tensor
     # Index and message of every image that could not be read. Workers report them as data: an
     # exception would reach the main process wrapped in a traceback.
     unreadable: list[tuple[int, str]]
+
+
+def _with_deaths_told(batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches; a worker that dies while it hands one over ends them as any other death does.
+
+    The receiver then sees a broken connection first. That the worker is dead comes by a signal,
+    whose handler in torch raises an error that says what it died of.
+    """
+    batch = iter(batches)
+    while True:
+        try:
+            found = next(batch)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            time.sleep(_SIGNAL_SECONDS)
+            raise RuntimeError("DataLoader worker was lost while it sent a batch") from error
+        yield found
 
 
 class _BatchReader(Dataset[_Batch]):
@@ -287,7 +310,7 @@ class ImageData:
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
-        for images_BCHW, labels_B, unreadable in loader:
+        for images_BCHW, labels_B, unreadable in _with_deaths_told(loader):
             self._leave_out(split, unreadable)
             if not len(labels_B) and not keep_empty and split == "validation":
                 continue

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,6 +120,20 @@ class World:
                 f"process {self.rank} of {self.size} lost another one, which was killed or failed "
                 "(see its message); the same command goes on from the last checkpoint"
             ) from error
+
+
+def leave_world() -> None:
+    """Ends a process of a job of several that has done its part; does nothing to a job of one.
+
+    It ends here, not by way of the interpreter's own end, during which a thread of a connection
+    that lets go of a tensor aborts the process; torchrun would end all others for it.
+    """
+    if not distributed.is_initialized():
+        return
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

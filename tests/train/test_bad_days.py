@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from m2mkd.models.checkpoint import newest_checkpoint, read_checkpoint
 from m2mkd.recipe import Recipe
 from m2mkd.train import data as data_module
 from m2mkd.train.execute import train
+from m2mkd.train.failures import failures_named
 from m2mkd.train.progress import Reporter
 
 # Python 3.12 and later warn when a process with threads forks.
@@ -250,6 +252,23 @@ def test_a_data_worker_that_dies_is_one_error_and_the_run_goes_on(
             train(recipe, tmp_path / "run", Reporter(quiet=True), stage="meta")
     train(short_recipe(), tmp_path / "run", Reporter(quiet=True), stage="meta")
     assert bad_days.differences(tmp_path / "run", reference) == []
+
+
+def test_a_data_worker_that_dies_while_it_sends_a_batch_is_named_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> Iterator[data_module._Batch]:
+        yield data_module._Batch(torch.zeros(1), torch.zeros(1), [])
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(data_module, "_SIGNAL_SECONDS", 0.0)
+    batches = data_module._with_deaths_told(broken())
+    assert next(batches).unreadable == []
+    with (
+        pytest.raises(TrainingError, match=r"a data loading process died .*data\.workers"),
+        failures_named("stage meta", short_recipe(), is_training=True),
+    ):
+        next(batches)
 
 
 def test_data_that_vanishes_mid_run_is_named_and_the_run_goes_on_when_it_is_back(
