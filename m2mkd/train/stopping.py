@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # Schedulers send SIGTERM before they reclaim a machine, and the signal that a job asked for
@@ -85,8 +85,10 @@ def _leave_terminal() -> None:
     """Sends what was written to a terminal nowhere: it is gone, and writing to it would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(nowhere, stream)
+        # By its kind, as a terminal that has hung up is none to isatty; one may be closed, too.
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
     os.close(nowhere)
 
 

@@ -268,3 +268,13 @@ def test_a_terminal_that_closes_costs_no_step(tmp_path: Path) -> None:
     assert process.wait(timeout=300) == 130
     assert read_checkpoint(out / "meta" / (out / "meta" / "last").read_text()).meta["step"] > 0
     assert not (out / "meta" / "RUNNING").exists()
+
+
+def test_a_terminal_may_close_when_the_output_was_closed_already() -> None:
+    code = (
+        "import os, signal; from m2mkd.train.stopping import StopRequest, stopping_on_signals\n"
+        "os.close(1); os.close(2); stop = StopRequest()\n"
+        "with stopping_on_signals(stop): os.kill(os.getpid(), signal.SIGHUP)\n"
+        "assert stop.is_set\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
