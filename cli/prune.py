@@ -17,6 +17,9 @@ import click
     "--inputs", type=float, default=1.0, metavar="SHARE", help="Share of the input latents to keep."
 )
 @click.option(
+    "--outputs", type=float, default=1.0, metavar="SHARE", help="The same of the output latents."
+)
+@click.option(
     "--out",
     "-o",
     type=click.Path(path_type=Path),
@@ -36,6 +39,7 @@ def prune(
     mediators: float | None,
     budget: float | None,
     inputs: float,
+    outputs: float,
     out: Path | None,
     finetune: int,
     root: Path | None,
@@ -72,6 +76,7 @@ def prune(
             mediators=mediators,
             budget=budget,
             inputs=inputs,
+            outputs=outputs,
             finetune=finetune,
         )
     click.echo(json.dumps(result, indent=1) if as_json else _describe(result, out))

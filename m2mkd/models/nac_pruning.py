@@ -1,6 +1,6 @@
-"""Removing latents from a trained NAC, those first to which the least attention is expected to go.
+"""Removing latents from a trained NAC, those first that the others, or the logits, need least.
 
-Letters: U receivers, V senders, I inputs, M mediators.
+Letters: B batch, U receivers, V senders, I inputs, M mediators, O outputs.
 """
 
 import copy
@@ -45,11 +45,25 @@ def latent_traffic(model: NAC) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def output_weights(model: NAC, images: Tensor) -> Tensor:
+    """How much the logits owe to each output latent: the mean of its weight in the pooling, [O].
+
+    Nobody hears an output latent, so it has no traffic to go by.
+
+    Args:
+        model: A NAC in eval mode.
+        images: [B, channels, H, W], on its device.
+    """
+    return model.pooling.weights(model.forward_features(images)).mean(dim=0)
+
+
+@torch.no_grad()
 def keep_latents(
     model: NAC,
     *,
     mediators: Tensor | Sequence[int] | None = None,
     inputs: Tensor | Sequence[int] | None = None,
+    outputs: Tensor | Sequence[int] | None = None,
 ) -> NAC:
     """A copy of a NAC with some of its latents; their links are divided anew.
 
@@ -57,6 +71,7 @@ def keep_latents(
         model: It stays as it is.
         mediators: Numbers of the mediators to keep, at least one, in any order; None for all.
         inputs: The same of the input latents.
+        outputs: The same of the output latents.
 
     Returns:
         The smaller NAC, in the mode and on the device of the model.
@@ -69,6 +84,8 @@ def keep_latents(
         _keep(pruned.mediator_latents, mediators, "mediators")
     if inputs is not None:
         _keep(pruned.input_latents, inputs, "inputs")
+    if outputs is not None:
+        _keep(pruned.output_latents, outputs, "outputs")
     pruned.options = replace(pruned.options, **pruned_args(pruned))
     return pruned
 
@@ -78,6 +95,7 @@ def pruned_args(model: NAC) -> dict[str, Any]:
     return {
         "num_inputs": model.input_latents.num_latents,
         "num_mediators": model.mediator_latents.num_latents,
+        "num_outputs": model.output_latents.num_latents,
         # A prior would draw another graph, and may not exist for the new number.
         "prior": "none",
         "prior_args": {},

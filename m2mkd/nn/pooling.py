@@ -43,16 +43,18 @@ class ConfidencePooling(nn.Module):
             nn.Linear(state_dim, num_classes) if num_classes else nn.Identity()
         )
 
+    def weights(self, states_BUD: Tensor) -> Tensor:
+        """How much each state counts, [B, U], with a sum of one."""
+        scores_BU: Tensor = self.confidence(states_BUD)[..., 0]
+        if self.gumbel and (self.training or self.stochastic_eval):
+            return F.gumbel_softmax(scores_BU, tau=self.temperature, hard=self.hard)
+        if self.hard:
+            return F.one_hot(scores_BU.argmax(-1), scores_BU.shape[-1]).to(scores_BU.dtype)
+        return (scores_BU / self.temperature).softmax(dim=-1)
+
     def pool(self, states_BUD: Tensor) -> Tensor:
         """The weighted mean of the states, [B, D]."""
-        scores_BU = self.confidence(states_BUD)[..., 0]
-        if self.gumbel and (self.training or self.stochastic_eval):
-            weights_BU = F.gumbel_softmax(scores_BU, tau=self.temperature, hard=self.hard)
-        elif self.hard:
-            weights_BU = F.one_hot(scores_BU.argmax(-1), scores_BU.shape[-1]).to(scores_BU.dtype)
-        else:
-            weights_BU = (scores_BU / self.temperature).softmax(dim=-1)
-        return (weights_BU[:, None] @ states_BUD)[:, 0]
+        return (self.weights(states_BUD)[:, None] @ states_BUD)[:, 0]
 
     def forward(self, states_BUD: Tensor) -> Tensor:
         """Logits [B, C] for states [B, U, D]."""
@@ -62,6 +64,12 @@ class ConfidencePooling(nn.Module):
 
 class FirstLatent(nn.Module):
     """The first output latent's state is the logits; the read-out's head gives it C numbers."""
+
+    def weights(self, states_BUC: Tensor) -> Tensor:
+        """How much each state counts, [B, U]: the first alone."""
+        weights_BU = states_BUC.new_zeros(states_BUC.shape[:2])
+        weights_BU[:, 0] = 1.0
+        return weights_BU
 
     def forward(self, states_BUC: Tensor) -> Tensor:
         """Logits [B, C] for states [B, U, C]."""

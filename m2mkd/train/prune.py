@@ -1,11 +1,11 @@
-"""How accuracy and cost of a NAC fall with its mediators, and a run of its own with fewer."""
+"""How accuracy and cost of a NAC fall with its latents, and a run of its own with fewer."""
 
 import copy
 import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from m2mkd.models.checkpoint import (
     write_text,
 )
 from m2mkd.models.nac import NAC
-from m2mkd.models.nac_pruning import keep_latents, latent_traffic, pruned_args
+from m2mkd.models.nac_pruning import keep_latents, latent_traffic, output_weights, pruned_args
 from m2mkd.recipe import DataConfig, Recipe, digest, load_recipe
 from m2mkd.train.data import ImageData
+from m2mkd.train.datasets import spread_over_classes
 from m2mkd.train.evaluate import evaluate_model
 from m2mkd.train.loop import Context, Job, fit
 from m2mkd.train.progress import Reporter
@@ -47,6 +48,7 @@ class Point:
     Attributes:
         mediators: How many mediators.
         inputs: How many input latents.
+        outputs: How many output latents.
         top1: Accuracy on the validation images, per cent.
         loss: Mean cross-entropy there.
         circuit_flops: Floating-point operations from read-in to read-out for one image.
@@ -57,6 +59,7 @@ class Point:
 
     mediators: int
     inputs: int
+    outputs: int
     top1: float
     loss: float
     circuit_flops: int
@@ -75,11 +78,13 @@ def prune_run(
     mediators: float | None = None,
     budget: float | None = None,
     inputs: float = 1.0,
+    outputs: float = 1.0,
     finetune: int = 0,
 ) -> dict[str, Any]:
     """Measures a NAC with fewer and fewer mediators and writes the chosen one as a run.
 
-    Latents go in the order of `latent_traffic`, least first. `out` becomes a run folder that
+    Mediators and inputs go in the order of `latent_traffic`, outputs in that of `output_weights`
+    on training images, least first. `out` becomes a run folder that
     evaluate and export accept, with `pruning.json` and `pruning.png` in it.
 
     Args:
@@ -92,6 +97,7 @@ def prune_run(
         budget: Or: accuracy that may be lost, in points; the fewest mediators measured that lose
             no more are kept. The validation images decide, so those are no longer a fair test.
         inputs: Share of the input latents to keep, in (0, 1], in every smaller network.
+        outputs: The same of the output latents.
         finetune: Epochs of training afterwards, at a tenth of the end-to-end learning rate.
 
     Returns:
@@ -102,7 +108,7 @@ def prune_run(
             fine-tuning without a whole recipe.
         CheckpointError: Nothing to prune, or `out` exists or cannot be written.
     """
-    _check_wishes(mediators, budget, inputs, finetune)
+    _check_wishes(mediators, budget, {"inputs": inputs, "outputs": outputs}, finetune)
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or choose another folder with --out")
     model, checkpoint = _load_nac(source)
@@ -113,8 +119,9 @@ def prune_run(
     order_I, order_M = (traffic.argsort(descending=True) for traffic in latent_traffic(model))
     total = len(order_M)
     wished = None if mediators is None else max(1, round(mediators * total))
-    kept_inputs = sorted(order_I[: max(1, round(inputs * len(order_I)))].tolist())
-    smaller = keep_latents(model, inputs=kept_inputs)
+    kept_inputs = _first(order_I, inputs)
+    kept_outputs = _heaviest_outputs(model, outputs, data)
+    smaller = keep_latents(model, inputs=kept_inputs, outputs=kept_outputs)
     curve = measure_curve(model, smaller, order_M, data, reporter, also=wished)
     chosen = choose(curve, wished, budget)
     kept = sorted(order_M[: chosen.mediators].tolist())
@@ -127,6 +134,7 @@ def prune_run(
         "of": total,
         "kept": kept,
         "kept_inputs": kept_inputs,
+        "kept_outputs": kept_outputs,
         "full": asdict(curve[0]),
         "pruned": asdict(chosen),
         "finetuned": None,
@@ -134,7 +142,7 @@ def prune_run(
         "threads": torch.get_num_threads(),
         "curve": [asdict(point) for point in curve],
     }
-    key = digest(checkpoint.meta["sha256"], kept, kept_inputs, finetune)
+    key = digest(checkpoint.meta["sha256"], kept, kept_inputs, kept_outputs, finetune)
     _write_recipe(out, recipe_file, data_config, card)
     if recipe is not None:
         result["finetuned"] = _finetune(pruned, card, recipe, data, out, key, finetune, reporter)
@@ -166,7 +174,7 @@ def measure_curve(
     """
     total = len(order_M)
     counts = {max(1, round(share * total)) for share in _FRACTIONS} | ({also} if also else set())
-    if smaller.options.num_inputs == full.options.num_inputs:
+    if pruned_args(smaller) == pruned_args(full):
         counts -= {total}
     models = [keep_latents(full)] + [
         keep_latents(smaller, mediators=order_M[:count]) for count in sorted(counts, reverse=True)
@@ -179,6 +187,7 @@ def measure_curve(
         point = Point(
             mediators=model.options.num_mediators,
             inputs=model.options.num_inputs,
+            outputs=model.options.num_outputs,
             top1=round(grade.top1, 3),
             loss=round(grade.loss, 5),
             circuit_flops=circuit_flops,
@@ -188,9 +197,9 @@ def measure_curve(
         )
         points.append(point)
         reporter.message(
-            f"{point.mediators:>5} mediators, {point.inputs} inputs: top-1 {point.top1:.2f} %, "
-            f"circuit {point.circuit_ms:.2f} ms alone, {point.circuit_ms_per_image:.3f} ms in a "
-            "batch"
+            f"{point.mediators:>5} mediators, {point.inputs} inputs, {point.outputs} outputs: "
+            f"top-1 {point.top1:.2f} %, circuit {point.circuit_ms:.2f} ms alone, "
+            f"{point.circuit_ms_per_image:.3f} ms in a batch"
         )
     return points
 
@@ -285,7 +294,7 @@ def _load_nac(source: Path) -> tuple[NAC, Checkpoint]:
 
 
 def _check_wishes(
-    mediators: float | None, budget: float | None, inputs: float, finetune: int
+    mediators: float | None, budget: float | None, others: Mapping[str, float], finetune: int
 ) -> None:
     if (mediators is None) == (budget is None):
         raise ConfigError("prune: give either a share of mediators to keep, or a budget")
@@ -293,10 +302,24 @@ def _check_wishes(
         raise ConfigError(f"prune: mediators={mediators} is no share in (0, 1], such as 0.25")
     if budget is not None and not 0 <= budget <= 100:
         raise ConfigError(f"prune: budget={budget} is not in 0 to 100 points of accuracy")
-    if not 0 < inputs <= 1:
-        raise ConfigError(f"prune: inputs={inputs} is no share in (0, 1], such as 0.5")
+    for kind, share in others.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"prune: {kind}={share} is no share in (0, 1], such as 0.5")
     if finetune < 0:
         raise ConfigError(f"prune: finetune={finetune} epochs; it cannot be negative")
+
+
+def _first(order: Tensor, share: float) -> list[int]:
+    """The first so many of an order, at least one, sorted."""
+    return sorted(order[: max(1, round(share * len(order)))].tolist())
+
+
+def _heaviest_outputs(model: NAC, share: float, data: ImageData) -> list[int]:
+    """The output latents to keep, by their weight on a batch of training images of all classes."""
+    some = spread_over_classes(data.train.labels).tolist()
+    images, _ = next(iter(data.plain_batches(data.train, some)))
+    weights_O = output_weights(model, images.to(model.output_latents.codes.device))
+    return _first(weights_O.argsort(descending=True), share)
 
 
 def _circuit_ms(models: Sequence[NAC], batch: int, data: ImageData) -> list[float]:

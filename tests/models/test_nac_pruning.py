@@ -8,7 +8,7 @@ import torch
 
 from m2mkd.errors import ConfigError
 from m2mkd.models.nac import NAC
-from m2mkd.models.nac_pruning import keep_latents, latent_traffic
+from m2mkd.models.nac_pruning import keep_latents, latent_traffic, output_weights
 
 
 def make(**options: Any) -> NAC:
@@ -52,12 +52,11 @@ def test_mediators_that_nobody_hears_can_go_without_a_trace(options: dict[str, A
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_pruned_nac_is_the_one_that_its_options_build(options: dict[str, Any]) -> None:
-    pruned = keep_latents(make(**options), mediators=[5, 1, 7], inputs=[0, 3])
-    built = timm.create_model(
-        "nac_digits", num_mediators=3, num_inputs=2, prior="none", **{"layer_scale": 1.0, **options}
-    )
+    pruned = keep_latents(make(**options), mediators=[5, 1, 7], inputs=[0, 3], outputs=[2])
+    sizes = {"num_mediators": 3, "num_inputs": 2, "num_outputs": 1, "prior": "none"}
+    built = timm.create_model("nac_digits", **sizes, **{"layer_scale": 1.0, **options})
     built.load_state_dict(pruned.state_dict())
-    assert (pruned.options.num_inputs, pruned.options.num_mediators) == (2, 3)
+    assert {name: getattr(pruned.options, name) for name in sizes} == sizes
     assert (pruned.circuit(0).num_receivers, pruned.circuit(0).num_senders) == (3, 5)
     assert torch.equal(logits(built.eval()), logits(pruned))
 
@@ -98,9 +97,30 @@ def test_inputs_that_are_not_heard_can_go_without_a_trace() -> None:
     torch.testing.assert_close(logits(keep_latents(model, inputs=range(3))), logits(model))
 
 
+def test_an_output_without_weight_in_the_pooling_can_go_without_a_trace() -> None:
+    model = make()
+    states = torch.randn(3, 4, 64)
+    direction = model.pooling.confidence.weight.data[0]
+    states[:, 2] -= 200 * direction / direction.square().sum()
+    model.forward_features = lambda images: states  # type: ignore[method-assign]
+    weights = output_weights(model, torch.zeros(3, 1, 8, 8))
+    assert weights[2] == 0 and weights[[0, 1, 3]].gt(0).all()
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+    kept = model.pooling(states[:, [0, 1, 3]])
+    torch.testing.assert_close(kept, model.pooling(states))
+
+
+def test_where_the_first_output_gives_the_logits_all_others_can_go() -> None:
+    model = make(pooling="first", num_outputs=3)
+    assert output_weights(model, torch.zeros(2, 1, 8, 8)).tolist() == [1, 0, 0]
+    torch.testing.assert_close(logits(keep_latents(model, outputs=[0])), logits(model))
+
+
 def test_keeping_no_latent_or_one_that_is_not_there_is_refused() -> None:
     for kept in ([], [24], [-1]):
         with pytest.raises(ConfigError, match="of mediators 0 to 23"):
             keep_latents(make(), mediators=kept)
+    with pytest.raises(ConfigError, match="cannot keep none of outputs 0 to 3"):
+        keep_latents(make(), outputs=[])
     with pytest.raises(ConfigError, match=r"cannot keep \[8\] of inputs 0 to 7"):
         keep_latents(make(), inputs=[8])

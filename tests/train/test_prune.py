@@ -12,9 +12,10 @@ import yaml
 
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import load_model, read_checkpoint, write_checkpoint
-from m2mkd.models.nac_pruning import keep_latents, latent_traffic
+from m2mkd.models.nac_pruning import keep_latents, latent_traffic, output_weights
 from m2mkd.recipe import load_data, load_recipe
 from m2mkd.train import prune
+from m2mkd.train.data import ImageData
 from m2mkd.train.progress import Reporter
 from m2mkd.train.prune import Point, choose, count_flops, prune_run
 
@@ -38,7 +39,7 @@ def prune_to(out: Path, **wishes: Any) -> dict[str, Any]:
 
 
 def points(*pairs: tuple[int, float]) -> list[Point]:
-    return [Point(count, 8, top1, 0.0, count, count, 1.0, 1.0) for count, top1 in pairs]
+    return [Point(count, 8, 4, top1, 0.0, count, count, 1.0, 1.0) for count, top1 in pairs]
 
 
 def test_the_pruned_run_holds_the_mediators_with_the_most_traffic(tmp_path: Path) -> None:
@@ -97,6 +98,24 @@ def test_inputs_can_be_pruned_as_well(tmp_path: Path) -> None:
         assert torch.equal(pruned(images), expected(images))
 
 
+def test_outputs_can_be_pruned_as_well(tmp_path: Path) -> None:
+    model = write_nac_run(tmp_path / "run")
+    out = tmp_path / "small"
+    result = prune_to(out, mediators=1.0, outputs=0.5)
+    recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    data = ImageData(recipe.data, recipe.seed)
+    images = torch.cat([images for images, _ in data.plain_batches(data.train, range(1000))])
+    heaviest = output_weights(model, images).topk(2).indices
+    assert result["kept_outputs"] == heaviest.sort().values.tolist()
+    sizes = [(point["mediators"], point["outputs"]) for point in result["curve"]]
+    assert sizes == [(24, 4), (24, 2), (3, 2), (1, 2)]
+    pruned, checkpoint = load_model(out)
+    assert checkpoint.card.model_args["num_outputs"] == 2
+    expected = keep_latents(model, outputs=result["kept_outputs"])
+    with torch.no_grad():
+        assert torch.equal(pruned(images[:2]), expected(images[:2]))
+
+
 def test_operations_are_those_of_the_matrix_products_and_edges(tmp_path: Path) -> None:
     model = write_nac_run(tmp_path / "run")
     circuit, total = count_flops(model, torch.randn(1, 1, 8, 8))
@@ -151,6 +170,7 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: P
         ({"mediators": 1.5}, "mediators=1.5 is no share"),
         ({"budget": -1.0}, "budget=-1.0 is not in 0 to 100"),
         ({"budget": 1.0, "inputs": 0.0}, "inputs=0.0 is no share"),
+        ({"budget": 1.0, "outputs": 1.5}, "outputs=1.5 is no share"),
         ({"budget": 1.0, "finetune": -2}, "finetune=-2 epochs"),
     ):
         with pytest.raises(ConfigError, match=message):
