@@ -20,6 +20,9 @@ import click
     "--outputs", type=float, default=1.0, metavar="SHARE", help="The same of the output latents."
 )
 @click.option(
+    "--layers", type=float, default=1.0, metavar="SHARE", help="Share of the propagators to keep."
+)
+@click.option(
     "--out",
     "-o",
     type=click.Path(path_type=Path),
@@ -40,6 +43,7 @@ def prune(
     budget: float | None,
     inputs: float,
     outputs: float,
+    layers: float,
     out: Path | None,
     finetune: int,
     root: Path | None,
@@ -77,6 +81,7 @@ def prune(
             budget=budget,
             inputs=inputs,
             outputs=outputs,
+            layers=layers,
             finetune=finetune,
         )
     click.echo(json.dumps(result, indent=1) if as_json else _describe(result, out))

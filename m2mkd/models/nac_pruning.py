@@ -1,4 +1,4 @@
-"""Removing latents from a trained NAC, those first that the others, or the logits, need least.
+"""Removing latents and layers from a trained NAC, those first that the rest needs least.
 
 Letters: B batch, U receivers, V senders, I inputs, M mediators, O outputs.
 """
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2mkd.errors import ConfigError
@@ -90,9 +91,60 @@ def keep_latents(
     return pruned
 
 
+@torch.no_grad()
+def least_missed_layers(model: NAC, images: Tensor, labels_B: Tensor, num_layers: int) -> list[int]:
+    """Which propagators to keep: one after the other goes whose loss is felt least.
+
+    Args:
+        model: A NAC in eval mode.
+        images: [B, channels, H, W], on its device, whose cross-entropy decides.
+        labels_B: Their classes, [B].
+        num_layers: How many stay.
+
+    Returns:
+        Numbers of the layers to keep, in order.
+    """
+    kept = list(range(model.depth))
+    while len(kept) > num_layers:
+        rests = [[layer for layer in kept if layer != gone] for gone in kept]
+        losses = [F.cross_entropy(keep_layers(model, rest)(images), labels_B) for rest in rests]
+        kept = rests[int(torch.stack(losses).argmin())]
+    return kept
+
+
+@torch.no_grad()
+def keep_layers(model: NAC, layers: Sequence[int]) -> NAC:
+    """A copy of a NAC with some of its propagators.
+
+    Args:
+        model: It stays as it is.
+        layers: Numbers of the propagators to keep, at least one, in any order.
+
+    Returns:
+        The NAC of fewer layers, in the mode and on the device of the model.
+
+    Raises:
+        ConfigError: No layer, or numbers that do not exist.
+    """
+    chosen = _chosen(layers, model.depth, "layers")
+    pruned = copy.deepcopy(model)
+    if not pruned.options.share_propagators:
+        pruned.propagators = nn.ModuleList(pruned.propagators[i] for i in chosen)
+        pruned.kernels = nn.ModuleList(pruned.kernels[i] for i in chosen)
+    if pruned.options.per_layer_codes:
+        codes = pruned.mediator_latents.codes
+        pruned.mediator_latents.codes = nn.Parameter(codes[chosen], codes.requires_grad)
+    if pruned.stitches is not None:
+        pruned.stitches.keep([0, *(layer + 1 for layer in chosen)])
+    pruned.depth = len(chosen)
+    pruned.options = replace(pruned.options, **pruned_args(pruned))
+    return pruned
+
+
 def pruned_args(model: NAC) -> dict[str, Any]:
-    """What arguments of a NAC become with as many latents as a pruned one has."""
+    """What arguments of a NAC become with as many latents and layers as a pruned one has."""
     return {
+        "depth": model.depth,
         "num_inputs": model.input_latents.num_latents,
         "num_mediators": model.mediator_latents.num_latents,
         "num_outputs": model.output_latents.num_latents,
@@ -103,16 +155,19 @@ def pruned_args(model: NAC) -> dict[str, Any]:
 
 
 def _keep(latents: Latents, kept: Tensor | Sequence[int], kind: str) -> None:
-    chosen = sorted({int(i) for i in kept})
-    if not chosen or chosen[0] < 0 or chosen[-1] >= latents.num_latents:
-        raise ConfigError(
-            f"keep_latents: cannot keep {chosen or 'none'} of {kind} 0 to {latents.num_latents - 1}"
-        )
+    chosen = _chosen(kept, latents.num_latents, kind)
     index = torch.tensor(chosen, device=latents.signatures.device)
     for name, parameter in list(latents.named_parameters()):
         # Codes may be [L, M, C]: latents are always the last but one dimension.
         part = parameter.index_select(-2, index)
         setattr(latents, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+
+
+def _chosen(kept: Tensor | Sequence[int], total: int, kind: str) -> list[int]:
+    chosen = sorted({int(i) for i in kept})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= total:
+        raise ConfigError(f"cannot keep {chosen or 'none'} of {kind} 0 to {total - 1}")
+    return chosen
 
 
 def _affinities(model: NAC, layer: int) -> Tensor:

@@ -3,6 +3,8 @@
 m2mKD (arXiv 2402.16918 section 3.2). Letters: B batch, U latents, D state width.
 """
 
+from collections.abc import Sequence
+
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ class KeptStitches(nn.Module):
         self.post = nn.ModuleList(nn.Linear(state_dim, stitch_dim) for _ in range(num_pairs))
         self.pre = nn.ModuleList(nn.Linear(stitch_dim, state_dim) for _ in range(num_pairs))
         self.drop_path = DropPath(drop_path)
+
+    def keep(self, pairs: Sequence[int]) -> None:
+        """Leaves some of the pairs, numbered anew."""
+        self.post = nn.ModuleList(self.post[pair] for pair in pairs)
+        self.pre = nn.ModuleList(self.pre[pair] for pair in pairs)
 
     def forward(self, states_BUD: Tensor, pair: int) -> Tensor:
         """States [B, U, D] after the given pair."""

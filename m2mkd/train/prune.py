@@ -1,4 +1,4 @@
-"""How accuracy and cost of a NAC fall with its latents, and a run of its own with fewer."""
+"""How accuracy and cost of a NAC fall with its latents and layers, and a smaller one's run."""
 
 import copy
 import json
@@ -26,7 +26,14 @@ from m2mkd.models.checkpoint import (
     write_text,
 )
 from m2mkd.models.nac import NAC
-from m2mkd.models.nac_pruning import keep_latents, latent_traffic, output_weights, pruned_args
+from m2mkd.models.nac_pruning import (
+    keep_latents,
+    keep_layers,
+    latent_traffic,
+    least_missed_layers,
+    output_weights,
+    pruned_args,
+)
 from m2mkd.recipe import DataConfig, Recipe, digest, load_recipe
 from m2mkd.train.data import ImageData
 from m2mkd.train.datasets import spread_over_classes
@@ -49,6 +56,7 @@ class Point:
         mediators: How many mediators.
         inputs: How many input latents.
         outputs: How many output latents.
+        layers: How many propagators.
         top1: Accuracy on the validation images, per cent.
         loss: Mean cross-entropy there.
         circuit_flops: Floating-point operations from read-in to read-out for one image.
@@ -60,6 +68,7 @@ class Point:
     mediators: int
     inputs: int
     outputs: int
+    layers: int
     top1: float
     loss: float
     circuit_flops: int
@@ -79,13 +88,15 @@ def prune_run(
     budget: float | None = None,
     inputs: float = 1.0,
     outputs: float = 1.0,
+    layers: float = 1.0,
     finetune: int = 0,
 ) -> dict[str, Any]:
     """Measures a NAC with fewer and fewer mediators and writes the chosen one as a run.
 
-    Mediators and inputs go in the order of `latent_traffic`, outputs in that of `output_weights`
-    on training images, least first. `out` becomes a run folder that
-    evaluate and export accept, with `pruning.json` and `pruning.png` in it.
+    Mediators and inputs go in the order of `latent_traffic`, least first; outputs in that of
+    `output_weights`, and layers in that of `least_missed_layers`, on a batch of training images.
+    `out` becomes a run folder that evaluate and export accept, with `pruning.json` and
+    `pruning.png` in it.
 
     Args:
         source: A run, stage or step folder of a NAC.
@@ -98,6 +109,7 @@ def prune_run(
             no more are kept. The validation images decide, so those are no longer a fair test.
         inputs: Share of the input latents to keep, in (0, 1], in every smaller network.
         outputs: The same of the output latents.
+        layers: The same of the propagators.
         finetune: Epochs of training afterwards, at a tenth of the end-to-end learning rate.
 
     Returns:
@@ -108,7 +120,8 @@ def prune_run(
             fine-tuning without a whole recipe.
         CheckpointError: Nothing to prune, or `out` exists or cannot be written.
     """
-    _check_wishes(mediators, budget, {"inputs": inputs, "outputs": outputs}, finetune)
+    others = {"inputs": inputs, "outputs": outputs, "layers": layers}
+    _check_wishes(mediators, budget, others, finetune)
     if out.exists():
         raise CheckpointError(f"{out} exists; remove it or choose another folder with --out")
     model, checkpoint = _load_nac(source)
@@ -116,25 +129,27 @@ def prune_run(
     data = ImageData(data_config, recipe.seed if recipe else 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
-    order_I, order_M = (traffic.argsort(descending=True) for traffic in latent_traffic(model))
+    smaller, kept_others = _prune_others(model, data, **others)
+    traffic_M = latent_traffic(keep_layers(model, kept_others["layers"]))[1]
+    order_M = traffic_M.argsort(descending=True)
     total = len(order_M)
     wished = None if mediators is None else max(1, round(mediators * total))
-    kept_inputs = _first(order_I, inputs)
-    kept_outputs = _heaviest_outputs(model, outputs, data)
-    smaller = keep_latents(model, inputs=kept_inputs, outputs=kept_outputs)
     curve = measure_curve(model, smaller, order_M, data, reporter, also=wished)
     chosen = choose(curve, wished, budget)
     kept = sorted(order_M[: chosen.mediators].tolist())
     pruned = keep_latents(smaller, mediators=kept)
     card = checkpoint.card
-    card = replace(card, model_args={**card.model_args, **pruned_args(pruned)})
+    card = replace(
+        card,
+        model_args={**card.model_args, **pruned_args(pruned)},
+        depths=[1] * (pruned.depth + 2),
+    )
     result: dict[str, Any] = {
         "source": str(source),
         "mediators": chosen.mediators,
         "of": total,
         "kept": kept,
-        "kept_inputs": kept_inputs,
-        "kept_outputs": kept_outputs,
+        **{f"kept_{kind}": numbers for kind, numbers in kept_others.items()},
         "full": asdict(curve[0]),
         "pruned": asdict(chosen),
         "finetuned": None,
@@ -142,7 +157,7 @@ def prune_run(
         "threads": torch.get_num_threads(),
         "curve": [asdict(point) for point in curve],
     }
-    key = digest(checkpoint.meta["sha256"], kept, kept_inputs, kept_outputs, finetune)
+    key = digest(checkpoint.meta["sha256"], kept, kept_others, finetune)
     _write_recipe(out, recipe_file, data_config, card)
     if recipe is not None:
         result["finetuned"] = _finetune(pruned, card, recipe, data, out, key, finetune, reporter)
@@ -188,6 +203,7 @@ def measure_curve(
             mediators=model.options.num_mediators,
             inputs=model.options.num_inputs,
             outputs=model.options.num_outputs,
+            layers=model.depth,
             top1=round(grade.top1, 3),
             loss=round(grade.loss, 5),
             circuit_flops=circuit_flops,
@@ -197,9 +213,9 @@ def measure_curve(
         )
         points.append(point)
         reporter.message(
-            f"{point.mediators:>5} mediators, {point.inputs} inputs, {point.outputs} outputs: "
-            f"top-1 {point.top1:.2f} %, circuit {point.circuit_ms:.2f} ms alone, "
-            f"{point.circuit_ms_per_image:.3f} ms in a batch"
+            f"{point.mediators:>5} mediators, {point.inputs} inputs, {point.outputs} outputs, "
+            f"{point.layers} layers: top-1 {point.top1:.2f} %, circuit {point.circuit_ms:.2f} ms "
+            f"alone, {point.circuit_ms_per_image:.3f} ms in a batch"
         )
     return points
 
@@ -314,12 +330,21 @@ def _first(order: Tensor, share: float) -> list[int]:
     return sorted(order[: max(1, round(share * len(order)))].tolist())
 
 
-def _heaviest_outputs(model: NAC, share: float, data: ImageData) -> list[int]:
-    """The output latents to keep, by their weight on a batch of training images of all classes."""
-    some = spread_over_classes(data.train.labels).tolist()
-    images, _ = next(iter(data.plain_batches(data.train, some)))
-    weights_O = output_weights(model, images.to(model.output_latents.codes.device))
-    return _first(weights_O.argsort(descending=True), share)
+def _prune_others(
+    model: NAC, data: ImageData, *, inputs: float, outputs: float, layers: float
+) -> tuple[NAC, dict[str, list[int]]]:
+    """A NAC with the wished shares of all but mediators, and the numbers of what it has kept."""
+    spread = spread_over_classes(data.train.labels).tolist()
+    images, labels_B = next(iter(data.plain_batches(data.train, spread)))
+    device = model.output_latents.codes.device
+    images, labels_B = images.to(device), labels_B.to(device)
+    num_layers = max(1, round(layers * model.depth))
+    kept_layers = least_missed_layers(model, images, labels_B, num_layers)
+    smaller = keep_layers(model, kept_layers)
+    order_I = latent_traffic(smaller)[0].argsort(descending=True)
+    order_O = output_weights(smaller, images).argsort(descending=True)
+    kept = {"inputs": _first(order_I, inputs), "outputs": _first(order_O, outputs)}
+    return keep_latents(smaller, **kept), {**kept, "layers": kept_layers}
 
 
 def _circuit_ms(models: Sequence[NAC], batch: int, data: ImageData) -> list[float]:
@@ -365,6 +390,7 @@ def _write_recipe(out: Path, recipe_file: Path, data: DataConfig, card: ModelCar
     for choice in ("grid", "classifier"):  # of what to do where the two differ
         values.get("distill", {}).pop(choice, None)
     values |= {"name": out.name, "data": data.model_dump(mode="json")}
+    values["student"].pop("depths", None)  # a NAC's follow from its layers
     values["student"] |= {"model": card.model, "model_args": card.model_args}
     text = yaml.safe_dump(values, sort_keys=False)
     write_text(out / "recipe.yaml", f"# pruned by m2mkd; pruning.json says from what\n{text}")

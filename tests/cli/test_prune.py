@@ -33,7 +33,7 @@ def test_a_pruned_run_can_be_evaluated(tmp_path: Path) -> None:
     result = run("prune", tmp_path / "run", "--mediators", "0.125")
     assert result.exit_code == 0, result.output
     assert "3 of 24 mediators kept" in result.stdout
-    assert "24 mediators, 8 inputs, 4 outputs: top-1" in result.stderr
+    assert "24 mediators, 8 inputs, 4 outputs, 2 layers: top-1" in result.stderr
     pruned = json.loads((tmp_path / "run-pruned" / "pruning.json").read_text())
     evaluated = json.loads(run("evaluate", tmp_path / "run-pruned", "--json").stdout)
     assert evaluated["top1"] == pytest.approx(pruned["pruned"]["top1"], abs=1e-3)

@@ -5,10 +5,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
 
 from m2mkd.errors import ConfigError
 from m2mkd.models.nac import NAC
-from m2mkd.models.nac_pruning import keep_latents, latent_traffic, output_weights
+from m2mkd.models.nac_pruning import (
+    keep_latents,
+    keep_layers,
+    latent_traffic,
+    least_missed_layers,
+    output_weights,
+)
 
 
 def make(**options: Any) -> NAC:
@@ -97,6 +104,43 @@ def test_inputs_that_are_not_heard_can_go_without_a_trace() -> None:
     torch.testing.assert_close(logits(keep_latents(model, inputs=range(3))), logits(model))
 
 
+@pytest.mark.parametrize("options", [*OPTIONS, {"stitch_dim": 16}], ids=str)
+def test_a_nac_of_fewer_layers_is_the_one_that_its_options_build(options: dict[str, Any]) -> None:
+    pruned = keep_layers(make(depth=3, **options), [2, 0])
+    built = timm.create_model("nac_digits", depth=2, **{"layer_scale": 1.0, **options})
+    built.load_state_dict(pruned.state_dict())
+    assert pruned.options.depth == 2
+    assert torch.equal(logits(built.eval()), logits(pruned))
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:4], {"stitch_dim": 16}], ids=str)
+def test_a_layer_that_changes_nothing_can_go_without_a_trace(options: dict[str, Any]) -> None:
+    model = make(depth=3, **options)
+    silent = model.block(1)
+    for layer in (silent.attention, silent.ffn):
+        layer.layer_scale.gamma.data.zero_()
+    if model.stitches is not None:
+        for part in (model.stitches.pre[2].weight, model.stitches.pre[2].bias):
+            part.data.zero_()
+    torch.testing.assert_close(logits(keep_layers(model, [0, 2])), logits(model))
+
+
+def test_layers_go_one_by_one_by_the_loss_without_them() -> None:
+    model = make(depth=3)
+    images, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+
+    def best(choices: list[list[int]]) -> list[int]:
+        with torch.no_grad():
+            return min(
+                choices, key=lambda c: F.cross_entropy(keep_layers(model, c)(images), labels)
+            )
+
+    two = best([[0, 1], [0, 2], [1, 2]])
+    assert least_missed_layers(model, images, labels, 3) == [0, 1, 2]
+    assert least_missed_layers(model, images, labels, 2) == two
+    assert least_missed_layers(model, images, labels, 1) == best([[layer] for layer in two])
+
+
 def test_an_output_without_weight_in_the_pooling_can_go_without_a_trace() -> None:
     model = make()
     states = torch.randn(3, 4, 64)
@@ -120,6 +164,8 @@ def test_keeping_no_latent_or_one_that_is_not_there_is_refused() -> None:
     for kept in ([], [24], [-1]):
         with pytest.raises(ConfigError, match="of mediators 0 to 23"):
             keep_latents(make(), mediators=kept)
+    with pytest.raises(ConfigError, match=r"cannot keep \[2, 9\] of layers 0 to 1"):
+        keep_layers(make(), [9, 2])
     with pytest.raises(ConfigError, match="cannot keep none of outputs 0 to 3"):
         keep_latents(make(), outputs=[])
     with pytest.raises(ConfigError, match=r"cannot keep \[8\] of inputs 0 to 7"):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
 from m2mkd.errors import CheckpointError, ConfigError
 from m2mkd.models.checkpoint import load_model, read_checkpoint, write_checkpoint
-from m2mkd.models.nac_pruning import keep_latents, latent_traffic, output_weights
+from m2mkd.models.nac_pruning import keep_latents, keep_layers, latent_traffic, output_weights
 from m2mkd.recipe import load_data, load_recipe
 from m2mkd.train import prune
 from m2mkd.train.data import ImageData
@@ -39,7 +40,7 @@ def prune_to(out: Path, **wishes: Any) -> dict[str, Any]:
 
 
 def points(*pairs: tuple[int, float]) -> list[Point]:
-    return [Point(count, 8, 4, top1, 0.0, count, count, 1.0, 1.0) for count, top1 in pairs]
+    return [Point(count, 8, 4, 2, top1, 0.0, count, count, 1.0, 1.0) for count, top1 in pairs]
 
 
 def test_the_pruned_run_holds_the_mediators_with_the_most_traffic(tmp_path: Path) -> None:
@@ -116,6 +117,28 @@ def test_outputs_can_be_pruned_as_well(tmp_path: Path) -> None:
         assert torch.equal(pruned(images[:2]), expected(images[:2]))
 
 
+def test_layers_can_be_pruned_as_well(tmp_path: Path) -> None:
+    model = write_nac_run(tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["student"]["depths"] = [1, 1, 1, 1]
+    path.write_text(yaml.safe_dump(values))
+    out = tmp_path / "small"
+    result = prune_to(out, mediators=1.0, layers=0.5, finetune=1)
+    data = ImageData(load_recipe(str(path)).data, 0)
+    images, labels = next(iter(data.plain_batches(data.train, range(len(data.train)))))
+    (kept,) = result["kept_layers"]
+    losses = [F.cross_entropy(keep_layers(model, [layer])(images), labels) for layer in (0, 1)]
+    assert losses[kept] == min(losses)
+    sizes = [(point["mediators"], point["layers"]) for point in result["curve"]]
+    assert sizes == [(24, 2), (24, 1), (3, 1), (1, 1)]
+    expected = latent_traffic(keep_layers(model, [kept]))[1].topk(24).indices.sort().values
+    assert result["kept"] == expected.tolist()
+    pruned, checkpoint = load_model(out)
+    assert (pruned.depth, checkpoint.card.depths) == (1, [1, 1, 1])
+    assert load_recipe(str(out / "recipe.yaml")).student.depths == "auto"
+
+
 def test_operations_are_those_of_the_matrix_products_and_edges(tmp_path: Path) -> None:
     model = write_nac_run(tmp_path / "run")
     circuit, total = count_flops(model, torch.randn(1, 1, 8, 8))
@@ -171,6 +194,7 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: P
         ({"budget": -1.0}, "budget=-1.0 is not in 0 to 100"),
         ({"budget": 1.0, "inputs": 0.0}, "inputs=0.0 is no share"),
         ({"budget": 1.0, "outputs": 1.5}, "outputs=1.5 is no share"),
+        ({"budget": 1.0, "layers": -0.5}, "layers=-0.5 is no share"),
         ({"budget": 1.0, "finetune": -2}, "finetune=-2 epochs"),
     ):
         with pytest.raises(ConfigError, match=message):
