@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from m2mkd import ops
 from m2mkd.nn.kernel import Edges
 from m2mkd.nn.modfc import FCOptions
+from m2mkd.nn.modulated import Normed
 
 
 class LatentAttention(nn.Module):
@@ -82,14 +83,14 @@ class LatentAttention(nn.Module):
                 is computed once.
         """
         if self.sender_norm is not None:
-            receiver_BUD = self.receiver_norm(receivers_BUD)
-            sender_BVD = self.sender_norm(senders_BVD)
+            receiver_BUD = Normed.by(self.receiver_norm, receivers_BUD)
+            sender_BVD = Normed.by(self.sender_norm, senders_BVD)
         else:
-            sender_BVD = self.receiver_norm(senders_BVD)
+            sender_BVD = Normed.by(self.receiver_norm, senders_BVD)
             receiver_BUD = (
-                sender_BVD[:, -receivers_BUD.shape[1] :]
+                sender_BVD.last(receivers_BUD.shape[1])
                 if receivers_send
-                else self.receiver_norm(receivers_BUD)
+                else Normed.by(self.receiver_norm, receivers_BUD)
             )
         q_BHUK = split_heads(self.query(receiver_BUD, receiver_codes_UC), self.num_heads)
         k_BHVK = split_heads(self.key(sender_BVD, sender_codes_VC), self.num_heads)

@@ -12,12 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2mkd.errors import ConfigError, did_you_mean
-from m2mkd.nn.modulated import Activation, activate, modulated_linear
+from m2mkd.nn.modulated import (
+    Activation,
+    Normed,
+    activate,
+    modulated_linear,
+    plain,
+    scale_outputs,
+)
 
 FCKind = Literal["modfc", "wmodfc", "fc"]
 ScaleNorm = Literal["ln", "l2", "none", "sigmoid", "tanh"]
 ProductNorm = Literal["none", "ln", "l2"]
 _WEIGHT_EPS = 1e-6
+_NORM_EPS = 1e-5
 
 
 class Folded(NamedTuple):
@@ -82,7 +90,7 @@ class ModFC(nn.Module):
         self.scale = nn.Linear(code_dim, in_features, bias=False)
         self.gain = nn.Parameter(torch.tensor(float(gain))) if learn_gain else float(gain)
 
-    def scale_of(self, codes_UC: Tensor) -> Tensor:
+    def scale_of(self, codes_UC: Tensor) -> Tensor | Normed:
         """The factors s of the inputs, [U, I], for codes [U, C]."""
         scale_UI: Tensor = self.scale(codes_UC)
         if self.scale_norm == "ln":
@@ -90,7 +98,8 @@ class ModFC(nn.Module):
             width = scale_UI.shape[-1:]
             gain_I = self.weight.new_ones(width) * self.gain
             one_I = self.weight.new_ones(width) if self.add_one else None
-            return F.layer_norm(scale_UI, width, gain_I, one_I)
+            normed_UI = F.layer_norm(scale_UI, width, gain_I, one_I, _NORM_EPS)
+            return Normed(normed_UI, scale_UI, gain_I, one_I, _NORM_EPS)
         if self.scale_norm == "l2":
             scale_UI = F.normalize(scale_UI, dim=-1)
         elif self.scale_norm == "sigmoid":
@@ -102,7 +111,7 @@ class ModFC(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Normed,
         codes_UC: Tensor,
         *,
         activation: Activation = "none",
@@ -118,21 +127,20 @@ class ModFC(nn.Module):
             output_scale: Factor of the outputs, [O]: a layer scale that follows.
         """
         scale_UI = self.scale_of(codes_UC)
-        weight, bias = _scaled(self.weight, self.bias, output_scale)
         if self.product_norm == "none":
-            return modulated_linear(x, scale_UI, weight, bias, activation)
-        product = activate(x, activation) * scale_UI
+            return modulated_linear(x, scale_UI, self.weight, self.bias, activation, output_scale)
+        product = activate(plain(x), activation) * plain(scale_UI)
         if self.product_norm == "ln":
             product = F.layer_norm(product, product.shape[-1:])
         else:
             product = F.normalize(product, dim=-1)
-        return F.linear(product, weight, bias)
+        return F.linear(product, *scale_outputs(self.weight, self.bias, output_scale))
 
     def fold(self, codes_UC: Tensor) -> Folded | None:
         """The layer as scales around a shared weight; None where a norm stands between."""
         if self.product_norm != "none":
             return None
-        return Folded(self.scale_of(codes_UC), self.weight, None, self.bias)
+        return Folded(plain(self.scale_of(codes_UC)), self.weight, None, self.bias)
 
 
 class WModFC(nn.Module):
@@ -158,7 +166,7 @@ class WModFC(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Normed,
         codes_UC: Tensor,
         *,
         activation: Activation = "none",
@@ -201,7 +209,7 @@ class FC(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Normed,
         codes_UC: Tensor,
         *,
         activation: Activation = "none",
@@ -209,8 +217,8 @@ class FC(nn.Module):
     ) -> Tensor:
         """As `ModFC`, but for the codes."""
         del codes_UC
-        weight, bias = _scaled(self.linear.weight, self.linear.bias, output_scale)
-        return F.linear(activate(x, activation), weight, bias)
+        weight, bias = scale_outputs(self.linear.weight, self.linear.bias, output_scale)
+        return F.linear(activate(plain(x), activation), weight, bias)
 
     def fold(self, codes_UC: Tensor) -> Folded:
         """The layer with scales of one."""
@@ -258,15 +266,6 @@ class FCOptions:
             learn_gain=self.learn_gain,
             add_one=self.add_one,
         )
-
-
-def _scaled(
-    weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """A layer with a layer scale folded in: scaling weights is less work than scaling outputs."""
-    if scale_O is None:
-        return weight_OI, bias_O
-    return scale_O[:, None] * weight_OI, None if bias_O is None else scale_O * bias_O
 
 
 def _new_weight(out_features: int, in_features: int) -> nn.Parameter:

@@ -18,6 +18,7 @@ from m2mkd.nn.latent_attention import (
 )
 from m2mkd.nn.latents import CodeNoise
 from m2mkd.nn.modfc import FCOptions
+from m2mkd.nn.modulated import Normed
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ModFFN(nn.Module):
 
     def forward(self, states_BUD: Tensor, codes_UC: Tensor) -> Tensor:
         """States [B, U, D] after the FFN, for codes [U, C] or [1, C]."""
-        hidden = self.fc1(self.norm(states_BUD), codes_UC)
+        hidden = self.fc1(Normed.by(self.norm, states_BUD), codes_UC)
         update_BUD: Tensor = self.fc2(
             hidden,
             codes_UC,

@@ -62,11 +62,7 @@ def edge_log_affinity(
     wide = compute_dtype(receiver_sig_US.dtype)
     receivers_US = F.normalize(receiver_sig_US.to(wide), dim=1)
     senders_VS = F.normalize(sender_sig_VS.to(wide), dim=1)
-    cosine_N = (
-        receivers_US.index_select(0, circuit.receiver_of_edge)
-        * senders_VS.index_select(0, circuit.sender)
-    ).sum(1)
-    log_N = (cosine_N - 1) / bandwidth
+    log_N = (_cosines(receivers_US, senders_VS, circuit) - 1) / bandwidth
     if sampling == "relaxed_bernoulli":
         uniforms_BN = _uniforms(log_N, batch_size, uniforms_BN)
         log_N = _relaxed_bernoulli(log_N, temperature, uniforms_BN)
@@ -78,6 +74,18 @@ def edge_log_affinity(
             f"edge_log_affinity: unknown {sampling=}; use one of {', '.join(SAMPLINGS)}"
         )
     return log_N - log_sum_over_senders(log_N, circuit) if normalise else log_N
+
+
+def _cosines(receivers_US: Tensor, senders_VS: Tensor, circuit: Circuit) -> Tensor:
+    """Products of the ends of all edges, [N], in the way that keeps less for the backward pass."""
+    num_pairs = circuit.num_receivers * circuit.num_senders
+    if num_pairs > circuit.num_edges * receivers_US.shape[1]:
+        ends_NS = receivers_US.index_select(0, circuit.receiver_of_edge)
+        return (ends_NS * senders_VS.index_select(0, circuit.sender)).sum(1)
+    # In float64, which neither autocast nor TensorFloat-32 makes coarser.
+    cosines_UV = (receivers_US.double() @ senders_VS.double().T).to(receivers_US.dtype)
+    pair_N = circuit.receiver_of_edge.long() * circuit.num_senders + circuit.sender
+    return cosines_UV.flatten().index_select(0, pair_N)
 
 
 def _uniforms(log_N: Tensor, batch_size: int | None, uniforms_BN: Tensor | None) -> Tensor:

@@ -124,6 +124,7 @@ class TestEdgeLogAffinity(DifferentiableOpTests):
         pytest.param((5, 6, 4, 1.1, None), id="shared by the batch"),
         pytest.param((7, 5, 3, 1.1, 3), id="samples per example"),
         pytest.param((33, 65, 8, 0.7, 2), id="receivers without edges"),
+        pytest.param((40, 50, 4, 0.2, 2), id="few edges, which are cheaper than all pairs"),
         pytest.param((1, 40, 8, 2.0, None), id="one receiver takes all"),
         pytest.param((40, 1, 8, 2.0, None), id="one sender to all"),
         pytest.param((5, 6, 4, 0.0, 2), id="no edges"),
