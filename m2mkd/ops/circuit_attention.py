@@ -16,6 +16,7 @@ from m2mkd.ops import _checks, reference
 from m2mkd.ops._autocast import to_region
 from m2mkd.ops._checks import compute_dtype
 from m2mkd.ops._load import EXTENSION
+from m2mkd.ops._registration import register
 from m2mkd.ops._selftest import has_kernels
 from m2mkd.ops.circuit import Circuit
 
@@ -215,26 +216,11 @@ def _attention_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Te
     return (*grads[:3], grads[3] if needs_bias else None, *(None,) * 6)
 
 
-def _no_second_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    del ctx, inputs, output
-
-
-def _no_second_grad(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "m2mkd's kernels have first derivatives only; for second ones use impl='reference'"
-    )
-
-
-def _register() -> None:
-    """Registers shapes and derivatives of the compiled op."""
-    name = "m2mkd::circuit_attention"
-    torch.library.register_fake(name, _attention_fake)
-    torch.library.register_fake(f"{name}_backward", _attention_backward_fake)
-    torch.library.register_autograd(name, _attention_grad, setup_context=_attention_setup)
-    torch.library.register_autograd(
-        f"{name}_backward", _no_second_grad, setup_context=_no_second_setup
-    )
-
-
 if EXTENSION.cpu:
-    _register()
+    register(
+        "circuit_attention",
+        fake=_attention_fake,
+        backward_fake=_attention_backward_fake,
+        setup=_attention_setup,
+        gradient=_attention_grad,
+    )

@@ -17,6 +17,7 @@ from m2mkd.ops import _checks, reference
 from m2mkd.ops._autocast import region_dtype, to_region
 from m2mkd.ops._checks import MoEPlan, compute_dtype, has_values
 from m2mkd.ops._load import EXTENSION
+from m2mkd.ops._registration import register
 from m2mkd.ops._selftest import has_kernels
 
 _OPS = torch.ops.m2mkd
@@ -407,16 +408,6 @@ def _only(grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
     return tuple(g if want else None for g, want in zip(grads, needed, strict=True))
 
 
-def _no_second_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    del ctx, inputs, output
-
-
-def _no_second_grad(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "m2mkd's kernels have first derivatives only; for second ones use m2mkd.ops.reference"
-    )
-
-
 def _register() -> None:
     """Registers shapes and derivatives of the compiled ops."""
     rules: dict[str, tuple[Any, Any, Any, Any]] = {
@@ -427,13 +418,8 @@ def _register() -> None:
         "moe_mlp": (_mlp_fake, _mlp_backward_fake, _mlp_setup, _mlp_grad),
     }
     torch.library.register_fake("m2mkd::moe_plan", _plan_fake)
-    for name, (fake, backward_fake, setup, grad) in rules.items():
-        torch.library.register_fake(f"m2mkd::{name}", fake)
-        torch.library.register_fake(f"m2mkd::{name}_backward", backward_fake)
-        torch.library.register_autograd(f"m2mkd::{name}", grad, setup_context=setup)
-        torch.library.register_autograd(
-            f"m2mkd::{name}_backward", _no_second_grad, setup_context=_no_second_setup
-        )
+    for name, (fake, backward_fake, setup, gradient) in rules.items():
+        register(name, fake, backward_fake, setup, gradient)
 
 
 if EXTENSION.cpu:

@@ -23,6 +23,7 @@ small enough to check by eye among it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import pytest
@@ -400,13 +401,18 @@ class DifferentiableOpTests(OpTests):
                     found, {n: v for n, v in expected.items() if n != f"gradient of {name}"}
                 )
 
-    def test_without_gradients_the_values_are_the_same(self, device: str) -> None:
+    @pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
+    def test_without_gradients_the_values_are_the_same(
+        self, region: Callable[[], AbstractContextManager[Any]], device: str
+    ) -> None:
         inputs = self.inputs(self.small, torch.float32, device)
-        trained = self.op(**inputs)
-        with torch.no_grad():
-            inferred = self.op(**inputs)
-        pairs = zip(pytree.tree_leaves(trained), pytree.tree_leaves(inferred), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
+        trained = pytree.tree_leaves(self.op(**inputs))
+        with region():
+            inferred = pytree.tree_leaves(self.op(**inputs))
+        assert all(torch.equal(a, b) for a, b in zip(trained, inferred, strict=True))
+        assert not any(out.requires_grad for out in inferred)
+        computed = [b for a, b in zip(trained, inferred, strict=True) if a.requires_grad]
+        assert all(out.is_inference() == (region is torch.inference_mode) for out in computed)
 
     @needs_kernels
     def test_second_derivatives_are_right_or_refused(self) -> None:

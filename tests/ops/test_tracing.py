@@ -106,3 +106,38 @@ def test_the_references_trace_without_looking_at_values() -> None:
     arguments = (logits, leaves[0], *leaves[2:])
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert_near(compiled(*arguments), layer(*arguments))
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows of tokens: one op, which stands for all, as they are registered in one way."""
+    experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32)
+    return ops.moe_gather(x, reference.moe_plan(experts, 2))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_runs_a_kernel_for_every_example() -> None:
+    x = torch.randn(4, 3, 5)
+    assert torch.equal(torch.func.vmap(gathered)(x), torch.stack([gathered(one) for one in x]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_derivatives_of_a_kernel_are_zeros() -> None:
+    x = torch.randn(3, 5)
+    out, tangent = torch.func.jvp(gathered, (x,), (torch.ones_like(x),))
+    assert torch.equal(out, gathered(x))
+    assert not tangent.any()
+
+
+def test_functional_gradients_of_a_kernel_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: gathered(x).sum())(torch.randn(3, 5))
+
+
+def test_arguments_of_a_kernel_may_be_named() -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    weights, experts = torch.ops.m2mkd.topk_gate(mode="softmax_selected", logits=logits, k=2)
+    assert torch.equal(experts, ops.topk_gate(logits, 2)[1])
+    assert torch.equal(
+        torch.autograd.grad(weights.square().sum(), logits)[0],
+        torch.autograd.grad(ops.topk_gate(logits, 2)[0].square().sum(), logits)[0],
+    )
