@@ -342,7 +342,6 @@ class BackwardLane {
         .bias = in_.bias ? const_data<A>(*in_.bias) + head / p_.heads * p_.bias_stride : nullptr,
         .row_ptr = in_.by_receiver.ptr,
         .sender = in_.sender,
-        .fetched_packs = k_.fetched_packs(p_.senders),
         .begin = begin,
         .end = end,
         .packs = Rows<T>::packs(p_.width),
@@ -377,12 +376,22 @@ class BackwardLane {
         .slopes = slopes_.data(),
         .k_grad = k_result_.target(k_target),
         .v_grad = v_result_.target(v_target),
+        .next_k = next_head(in_.k, head),
+        .next_v = next_head(in_.v, head),
     });
     k_result_.written(k_target, count);
     v_result_.written(v_target, count);
   }
 
  private:
+  // The keys or values behind a head's, or null where they are not worth asking for early.
+  const A* next_head(const Tensor& rows, int64_t head) const {
+    if (k_.fetched_packs(p_.senders) == 0) {
+      return nullptr;
+    }
+    return const_data<A>(rows) + (head + 1) * p_.senders * p_.width;
+  }
+
   const Problem& p_;
   const Inputs& in_;
   const Gradients& to_;

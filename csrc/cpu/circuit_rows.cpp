@@ -21,6 +21,9 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 // How many edges ahead the scattered gradients of edges are asked for.
 constexpr int64_t kAhead = 64;
 
+// How many senders ahead the rows of their gradients are asked for.
+constexpr int64_t kRowsAhead = 3;
+
 M2MKD_INLINE float exponential(float x) { return exp_negative(x); }
 M2MKD_INLINE double exponential(double x) { return std::exp(x); }
 
@@ -164,6 +167,22 @@ M2MKD_INLINE void fill(A* row, A value, int64_t packs) {
   }
 }
 
+// Asks for packs that will be read (from the second-level cache) or written. No harm is done where
+// they lie behind the end of an array.
+template <typename A>
+M2MKD_INLINE void fetch(const A* from, int64_t packs) {
+  for (int64_t i = 0; i < packs; ++i) {
+    __builtin_prefetch(from + i * kPack<A>, 0, 2);
+  }
+}
+
+template <typename A>
+M2MKD_INLINE void fetch_target(const A* to, int64_t packs) {
+  for (int64_t i = 0; i < packs; ++i) {
+    __builtin_prefetch(to + i * kPack<A>, 1, 3);
+  }
+}
+
 // The biases of a receiver's edges (0 where bias is null), filled up with -inf.
 template <typename A>
 M2MKD_INLINE void start_scores(const A* bias, int64_t first, int64_t count, A* scores) {
@@ -291,28 +310,23 @@ M2MKD_INLINE void backward_block(const ReceiverGrad<A>& h, const Block& block) {
 // dv = sum p g, dk = scale sum ds q, over the receivers of a sender.
 template <typename A>
 M2MKD_INLINE void backward_column(const SenderGrad<A>& h, int64_t v) {
-  const int64_t row = (v - h.begin) * h.packs * kPack<A>;
+  const int64_t width = h.packs * kPack<A>, row = (v - h.begin) * width;
   const int64_t first = h.col_ptr[v], count = h.col_ptr[v + 1] - first;
-  const int64_t all = h.col_ptr[h.end];
+  const int64_t ahead = std::min(first + kAhead, h.col_ptr[h.end] - count);
+  fetch_target(h.k_grad + row + kRowsAhead * width, h.packs);
+  fetch_target(h.v_grad + row + kRowsAhead * width, h.packs);
+  if (h.next_k != nullptr) {
+    fetch(h.next_k + v * width, h.packs);
+    fetch(h.next_v + v * width, h.packs);
+  }
   for (int64_t j = 0; j < count; ++j) {
     const EdgeGrad<A> edge = h.edges[h.edge_id[first + j]];
     h.weights[j] = edge.weight;
     h.slopes[j] = h.scale * edge.score;
-    __builtin_prefetch(h.edges + h.edge_id[std::min(first + j + kAhead, all - 1)]);
+    __builtin_prefetch(h.edges + h.edge_id[ahead + j]);
   }
   sum_rows(h.weights, h.grad, h.receiver + first, count, h.packs, h.v_grad + row);
   sum_rows(h.slopes, h.q, h.receiver + first, count, h.packs, h.k_grad + row);
-}
-
-// Asks for the next head's keys and values, which lie behind those of this one, while this one is
-// worked on: for as large a part of them as the block is of this head's receivers.
-template <typename A>
-M2MKD_INLINE void fetch_next_head(const A* k, const A* v, int64_t packs, int64_t first,
-                                  int64_t last, int64_t rows) {
-  for (int64_t i = packs + packs * first / rows; i < packs + packs * last / rows; ++i) {
-    __builtin_prefetch(k + i * kPack<A>, 0, 2);
-    __builtin_prefetch(v + i * kPack<A>, 0, 2);
-  }
 }
 
 // Calls f(block) for all blocks of a head's receivers.
@@ -321,19 +335,30 @@ M2MKD_INLINE void for_blocks(const Head& h, const F& f) {
   for (Block block{h.begin, h.begin}; block.end < h.end;) {
     block = next_block(h.row_ptr, block.end, h.end);
     f(block);
-    fetch_next_head(h.k, h.v, h.fetched_packs, block.begin - h.begin, block.end - h.begin,
-                    h.end - h.begin);
   }
 }
 
+// The next head's keys and values lie behind those of this one. While this one is worked on they
+// are asked for: as large a part of them as the block is of this head's receivers.
 template <typename A>
 M2MKD_INLINE void attend_rows(const ForwardHead<A>& h) {
-  for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA { attend_block(h, block); });
+  for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA {
+    attend_block(h, block);
+    const int64_t rows = h.end - h.begin, packs = h.fetched_packs;
+    const int64_t first = packs * (block.begin - h.begin) / rows;
+    const int64_t last = packs * (block.end - h.begin) / rows;
+    fetch(h.k + (packs + first) * kPack<A>, last - first);
+    fetch(h.v + (packs + first) * kPack<A>, last - first);
+  });
 }
 
 template <typename A>
 M2MKD_INLINE void backward_rows(const ReceiverGrad<A>& h) {
-  for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA { backward_block(h, block); });
+  for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA {
+    fetch_target(h.q_grad + (block.begin - h.begin) * h.packs * kPack<A>,
+                 (block.end - block.begin) * h.packs);
+    backward_block(h, block);
+  });
 }
 
 template <typename A>

@@ -69,7 +69,6 @@ struct ReceiverGrad {
   const A* bias;
   const int32_t* row_ptr;
   const int32_t* sender;
-  int64_t fetched_packs;
   int64_t begin;
   int64_t end;
   int64_t packs;
@@ -82,7 +81,8 @@ struct ReceiverGrad {
 };
 
 // Senders [begin, end) of one head, backward: the gradients of k and v, which start at sender
-// begin; q and grad start at receiver 0. weights and slopes have room for one sender's edges.
+// begin; q and grad start at receiver 0. weights and slopes have room for one sender's edges. The
+// next head's keys and values, or null, are asked for meanwhile: this one's are no longer needed.
 template <typename A>
 struct SenderGrad {
   const A* q;
@@ -99,6 +99,8 @@ struct SenderGrad {
   A* slopes;
   A* k_grad;
   A* v_grad;
+  const A* next_k;
+  const A* next_v;
 };
 
 // One overload per type, defined in circuit_rows.cpp.
