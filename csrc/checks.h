@@ -11,9 +11,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace m2mkd {
@@ -92,6 +94,21 @@ inline void check_rank(const char* op, const char* name, const Tensor& tensor, i
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " is ",
                   toString(tensor.scalar_type()), ", expected ", toString(dtype));
+}
+
+// Tensors by name; null for one that was not given.
+using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
+
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
+// Raises unless all lie where `first` does: a kernel would take their addresses for its device's.
+inline void check_together(const char* op, const Tensor& first, NamedTensors others) {
+  for (const auto& [name, tensor] : others) {
+    STD_TORCH_CHECK(tensor == nullptr || tensor->device() == first.device(), op, ": ", name,
+                    " is on another device than other tensors");
+  }
 }
 
 inline void check_int32_range(const char* op, const char* what, int64_t count) {

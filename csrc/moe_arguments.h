@@ -49,6 +49,7 @@ struct GateGradient {
 
 inline GateGradient check_gate_gradient(const char* op, const Tensor& grad, const Tensor& logits,
                                         const Tensor& chosen) {
+  check_together(op, grad, {{"logits", &logits}, {"experts", &chosen}});
   check_rank(op, "logits", logits, 2);
   check_rank(op, "grad", grad, 2);
   const int64_t tokens = logits.size(0), k = grad.size(1);
@@ -70,6 +71,7 @@ struct Choices {
 inline Choices check_choices(const char* op, const Tensor& chosen,
                              const std::optional<Tensor>& order, int64_t experts,
                              std::optional<int64_t> capacity) {
+  check_together(op, chosen, {{"order", pointer(order)}});
   check_rank(op, "experts", chosen, 2);
   check_dtype(op, "experts", chosen, ScalarType::Int);
   const int64_t tokens = chosen.size(0), k = chosen.size(1), total = tokens * k;
@@ -92,7 +94,9 @@ struct Gathering {
   int64_t rows, width;
 };
 
-inline Gathering check_gather(const char* op, const Tensor& x, const Tensor& token_of) {
+inline Gathering check_gather(const char* op, const Tensor& x, const Tensor& row_of,
+                              const Tensor& token_of) {
+  check_together(op, x, {{"row_of", &row_of}, {"token_of", &token_of}});
   check_rank(op, "x", x, 2);
   check_rank(op, "token_of", token_of, 1);
   check_dtype(op, "token_of", token_of, ScalarType::Int);
@@ -109,6 +113,7 @@ struct TokenRows {
 
 inline TokenRows check_token_rows(const char* op, const Tensor& rows,
                                   const std::optional<Tensor>& weights, const Tensor& row_of) {
+  check_together(op, rows, {{"weights", pointer(weights)}, {"row_of", &row_of}});
   check_rank(op, "rows", rows, 2);
   check_rank(op, "row_of", row_of, 2);
   check_dtype(op, "row_of", row_of, ScalarType::Int);
@@ -128,6 +133,7 @@ inline TokenRows check_token_rows(const char* op, const Tensor& rows,
 
 // The gradient of summed rows, contiguous.
 inline Tensor check_token_grad(const char* op, const TokenRows& a, const Tensor& grad) {
+  check_together(op, a.rows, {{"grad", &grad}});
   check_shape(op, "grad", grad, {a.tokens, a.width});
   check_dtype(op, "grad", grad, a.rows.scalar_type());
   return torch::stable::contiguous(grad);
@@ -140,6 +146,7 @@ struct Grouped {
 
 inline Grouped check_grouped(const char* op, const Tensor& rows, const Tensor& weight,
                              const Tensor& offsets) {
+  check_together(op, rows, {{"weight", &weight}, {"offsets", &offsets}});
   check_rank(op, "rows", rows, 2);
   check_rank(op, "weight", weight, 3);
   const int64_t experts = weight.size(0), in = weight.size(2), count = rows.size(0);
@@ -159,18 +166,20 @@ inline Grouped check_grouped(const char* op, const Tensor& rows, const Tensor& w
 
 // The gradient of rows that went through their experts, contiguous.
 inline Tensor check_grouped_grad(const char* op, const Grouped& a, const Tensor& grad) {
+  check_together(op, a.rows, {{"grad", &grad}});
   check_shape(op, "grad", grad, {a.count, a.out});
   check_dtype(op, "grad", grad, a.rows.scalar_type());
   return torch::stable::contiguous(grad);
 }
 
-// A bias [E, size], contiguous, or none.
+// A bias [E, size] of rows, contiguous, or none.
 inline std::optional<Tensor> check_bias(const char* op, const char* name,
                                         const std::optional<Tensor>& bias, int64_t experts,
-                                        int64_t size, ScalarType dtype) {
+                                        int64_t size, const Tensor& rows) {
   if (bias) {
+    check_together(op, rows, {{name, &*bias}});
     check_shape(op, name, *bias, {experts, size});
-    check_dtype(op, name, *bias, dtype);
+    check_dtype(op, name, *bias, rows.scalar_type());
   }
   return contiguous(bias);
 }
@@ -187,6 +196,13 @@ inline MlpTensors check_mlp(const char* op, const Tensor& x, const Tensor& weigh
                             const Tensor& row_of, const Tensor& token_of, const Tensor& offsets,
                             const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
                             const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias) {
+  check_together(op, x,
+                 {{"weights", &weights},
+                  {"row_of", &row_of},
+                  {"token_of", &token_of},
+                  {"offsets", &offsets},
+                  {"fc1_weight", &fc1_weight},
+                  {"fc2_weight", &fc2_weight}});
   check_rank(op, "x", x, 2);
   check_rank(op, "row_of", row_of, 2);
   check_rank(op, "token_of", token_of, 1);
@@ -215,8 +231,8 @@ inline MlpTensors check_mlp(const char* op, const Tensor& x, const Tensor& weigh
           contiguous(offsets),
           contiguous(fc1_weight),
           contiguous(fc2_weight),
-          check_bias(op, "fc1_bias", fc1_bias, experts, hidden, dtype),
-          check_bias(op, "fc2_bias", fc2_bias, experts, width, dtype),
+          check_bias(op, "fc1_bias", fc1_bias, experts, hidden, x),
+          check_bias(op, "fc2_bias", fc2_bias, experts, width, x),
           tokens,
           k,
           width,
@@ -229,6 +245,7 @@ inline MlpTensors check_mlp(const char* op, const Tensor& x, const Tensor& weigh
 // Upstream gradient and saved product of fc1, [M, H] or empty, against the other arguments.
 inline void check_mlp_gradient(const char* op, const MlpTensors& a, const Tensor& grad,
                                const Tensor& hidden) {
+  check_together(op, a.x, {{"grad", &grad}, {"hidden", &hidden}});
   check_shape(op, "grad", grad, {a.tokens, a.width});
   check_dtype(op, "grad", grad, a.dtype);
   check_shape(op, "hidden", hidden, {hidden.size(0) == 0 ? 0 : a.rows, a.hidden});

@@ -144,9 +144,18 @@ struct Problem {
   int64_t bias_stride = 0;  // between examples; 0 where all share one bias
 
   Problem(const char* name, const Tensor& q, const Tensor& k, const Tensor& v,
-          const std::optional<Tensor>& bias, const Tensor& row_ptr, const Tensor& col_ptr,
-          const Tensor& sender)
+          const std::optional<Tensor>& bias, const Tensor& row_ptr, const Tensor& sender,
+          const Tensor& col_ptr, const Tensor& receiver, const Tensor& edge_id)
       : op(name) {
+    check_together(op, q,
+                   {{"k", &k},
+                    {"v", &v},
+                    {"bias", pointer(bias)},
+                    {"row_ptr", &row_ptr},
+                    {"sender", &sender},
+                    {"col_ptr", &col_ptr},
+                    {"receiver", &receiver},
+                    {"edge_id", &edge_id}});
     check_rank(op, "q", q, 4);
     check_rank(op, "k", k, 4);
     check_rank(op, "row_ptr", row_ptr, 1);
@@ -233,10 +242,10 @@ void add_bias_grad(const Problem& p, const A* head_grads, int64_t first, int64_t
 std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& k_any,
                                              const Tensor& v_any, std::optional<Tensor> bias_any,
                                              const Tensor& row_ptr_any, const Tensor& sender_any,
-                                             const Tensor& col_ptr, const Tensor&, const Tensor&,
-                                             double scale) {
-  const Problem p("circuit_attention", q_any, k_any, v_any, bias_any, row_ptr_any, col_ptr,
-                  sender_any);
+                                             const Tensor& col_ptr, const Tensor& receiver,
+                                             const Tensor& edge_id, double scale) {
+  const Problem p("circuit_attention", q_any, k_any, v_any, bias_any, row_ptr_any, sender_any,
+                  col_ptr, receiver, edge_id);
   const Tensor q = torch::stable::contiguous(q_any);
   const Tensor k = torch::stable::contiguous(k_any);
   const Tensor v = torch::stable::contiguous(v_any);
@@ -458,7 +467,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
     const Tensor& row_ptr_any, const Tensor& sender_any, const Tensor& col_ptr_any,
     const Tensor& receiver_any, const Tensor& edge_id_any, double scale, bool needs_bias) {
   const Problem p("circuit_attention_backward", q_any, k_any, v_any, bias_any, row_ptr_any,
-                  col_ptr_any, sender_any);
+                  sender_any, col_ptr_any, receiver_any, edge_id_any);
+  check_together(p.op, q_any, {{"grad", &grad_any}, {"out", &out_any}, {"lse", &lse_any}});
   const ScalarType dtype = q_any.scalar_type(), wide = compute_dtype(dtype);
   for (const auto& [name, tensor] : {std::pair{"grad", &grad_any}, std::pair{"out", &out_any}}) {
     check_shape(p.op, name, *tensor, {p.batch, p.heads, p.receivers, p.width});

@@ -43,8 +43,7 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, std::optional<Te
   const char* op = "grouped_linear";
   const Grouped a = check_grouped(op, rows, weight, offsets);
   const std::vector<int64_t> bounds = bounds_of(op, a);
-  const std::optional<Tensor> bias =
-      check_bias(op, "bias", bias_any, a.experts, a.out, a.rows.scalar_type());
+  const std::optional<Tensor> bias = check_bias(op, "bias", bias_any, a.experts, a.out, a.rows);
   Tensor result = new_empty(a.rows, {a.count, a.out}, a.rows.scalar_type());
   dispatch_float(op, a.rows.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -193,9 +193,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen, std::optional<
   return {row_of, token_of, offsets};
 }
 
-Tensor moe_gather(const Tensor& x, const Tensor& /*row_of*/, const Tensor& token_of) {
+Tensor moe_gather(const Tensor& x, const Tensor& row_of, const Tensor& token_of) {
   const char* op = "moe_gather";
-  const Gathering a = check_gather(op, x, token_of);
+  const Gathering a = check_gather(op, x, row_of, token_of);
   const int64_t rows = a.rows;
   const int32_t* token = const_data<int32_t>(a.token_of);
   check_entries(op, "token_of", token, rows, -1, a.x.size(0));

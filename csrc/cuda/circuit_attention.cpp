@@ -23,6 +23,15 @@ Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Te
                       const std::optional<Tensor>& bias, const Tensor& row_ptr,
                       const Tensor& sender, const Tensor& col_ptr, const Tensor& receiver,
                       const Tensor& edge_id) {
+  check_together(op, q,
+                 {{"k", &k},
+                  {"v", &v},
+                  {"bias", pointer(bias)},
+                  {"row_ptr", &row_ptr},
+                  {"sender", &sender},
+                  {"col_ptr", &col_ptr},
+                  {"receiver", &receiver},
+                  {"edge_id", &edge_id}});
   check_rank(op, "q", q, 4);
   check_rank(op, "k", k, 4);
   check_rank(op, "row_ptr", row_ptr, 1);
@@ -102,8 +111,8 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q, const Tensor& k, c
                                              const Tensor& receiver, const Tensor& edge_id,
                                              double scale) {
   const char* op = "circuit_attention";
-  const OnDevice device(q);
   const Problem p = check_problem(op, q, k, v, bias, row_ptr, sender, col_ptr, receiver, edge_id);
+  const OnDevice device(q);
   const ScalarType dtype = q.scalar_type();
   Tensor out = new_empty(p.q, {p.batch, p.heads, p.receivers, p.width}, dtype);
   Tensor lse = new_empty(p.q, {p.batch, p.heads, p.receivers}, compute_dtype(dtype));
@@ -174,11 +183,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
     const Tensor& sender, const Tensor& col_ptr, const Tensor& receiver, const Tensor& edge_id,
     double scale, bool needs_bias) {
   const char* op = "circuit_attention_backward";
-  const OnDevice device(q);
   const Problem p = check_problem(op, q, k, v, bias, row_ptr, sender, col_ptr, receiver, edge_id);
+  const OnDevice device(q);
   const ScalarType dtype = q.scalar_type();
   const std::vector<int64_t> rows{p.batch, p.heads, p.receivers, p.width};
   const std::vector<int64_t> values{p.batch, p.heads, p.receivers};
+  check_together(op, q, {{"grad", &grad}, {"out", &out}, {"lse", &lse}});
   check_shape(op, "grad", grad, rows);
   check_dtype(op, "grad", grad, dtype);
   check_shape(op, "out", out, rows);

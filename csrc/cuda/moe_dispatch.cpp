@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_plan(const Tensor& chosen, std::optional<
   return {row_of, token_of, offsets};
 }
 
-Tensor moe_gather(const Tensor& x, const Tensor& /*row_of*/, const Tensor& token_of) {
+Tensor moe_gather(const Tensor& x, const Tensor& row_of, const Tensor& token_of) {
   const char* op = "moe_gather";
-  const Gathering a = check_gather(op, x, token_of);
+  const Gathering a = check_gather(op, x, row_of, token_of);
   const OnDevice device(a.x);
   Tensor out = new_empty(a.x, {a.rows, a.width}, a.x.scalar_type());
   check_launch(op, launch_gather(dtype_of(op, a.x), read(a.x), read<int32_t>(a.token_of),

@@ -56,8 +56,7 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, std::optional<Te
                       const Tensor& offsets) {
   const char* op = "grouped_linear";
   const Grouped a = check_grouped(op, rows, weight, offsets);
-  const std::optional<Tensor> bias =
-      check_bias(op, "bias", bias_any, a.experts, a.out, a.rows.scalar_type());
+  const std::optional<Tensor> bias = check_bias(op, "bias", bias_any, a.experts, a.out, a.rows);
   const OnDevice device(a.rows);
   const ExpertGemm gemm(op, a.rows, a.offsets, a.in, a.out, device.stream());
   const Tensor out = gemm.rows_by_matrix(a.rows, a.weight, true);
@@ -123,9 +122,9 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& weights, const
                                    const Tensor& fc2_weight, std::optional<Tensor> fc2_bias,
                                    std::string activation, bool save) {
   const char* op = "moe_mlp";
-  const OnDevice device(x);
   const MlpTensors a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
                                  fc2_weight, fc2_bias);
+  const OnDevice device(x);
   const auto act = parse_activation<Activation>(op, activation);
   const ScalarType dtype = a.dtype;
   const Tensor inputs = gather(op, a.x, a.token_of, device.stream());
@@ -147,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     std::optional<Tensor> fc1_bias, const Tensor& fc2_weight, std::optional<Tensor> fc2_bias,
     std::string activation, bool needs_x, bool needs_fc1, bool needs_fc2) {
   const char* op = "moe_mlp_backward";
-  const OnDevice device(x);
   const MlpTensors a = check_mlp(op, x, weights, row_of, token_of, offsets, fc1_weight, fc1_bias,
                                  fc2_weight, fc2_bias);
+  const OnDevice device(x);
   const auto act = parse_activation<Activation>(op, activation);
   const ScalarType dtype = a.dtype;
   check_mlp_gradient(op, a, grad_any, hidden);

@@ -146,7 +146,10 @@ def kernels(seed: int = SEED) -> Iterator[None]:
             schema.name, "CPU"
         ):
             op = getattr(torch.ops.m2mkd_emulated, name).default
-            override.impl(name, op, "CPU", allow_override=True)
+            kernel = functools.partial(
+                op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+            )
+            override.impl(name, kernel, "CPU", allow_override=True)
     try:
         yield
     finally:

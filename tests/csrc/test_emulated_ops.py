@@ -24,6 +24,7 @@ KEPT = {
     "test_upstream_gradients_of_any_layout_are_accepted",
     "test_frozen_inputs_do_not_change_the_gradients_of_others",
     "test_without_gradients_the_values_are_the_same",
+    "test_its_kernels_refuse_tensors_of_another_device",
     # Of circuit attention alone:
     "test_every_number_of_edges_of_a_receiver_equals_the_reference",
     "test_large_scores_do_not_overflow",

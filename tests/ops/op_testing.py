@@ -308,6 +308,19 @@ class OpTests:
             )
             torch.library.opcheck(func, args)
 
+    @needs_kernels
+    def test_its_kernels_refuse_tensors_of_another_device(self) -> None:
+        with Recorder() as recorder:
+            evaluate(self.op, self.inputs(self.small, torch.float32, "cpu"), normal)
+        # The dispatcher itself would choose the other device's kernel.
+        cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        for func, args in recorder.calls.values():
+            tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+            for i in tensors if len(tensors) > 1 else []:
+                moved = [*args[:i], args[i].to("meta"), *args[i + 1 :]]
+                with pytest.raises(RuntimeError, match="is on another device than"):
+                    func.redispatch(cpu, *moved)
+
     def test_compiled_in_one_graph_it_gives_eager_results(self, device: str) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(self.op, backend="aot_eager", fullgraph=True)
