@@ -5,8 +5,8 @@
 // Memory beyond the results, in the backward pass: 8 bytes (float64: 16) per edge, for a head of
 // each thread or, of heads beyond a cache, for every head; and 4 (8) per edge and head where the
 // bias wants a gradient; both for no more heads at a time than fit into 32 MiB, and for at least
-// one. In both passes, for half types and widths that are not whole packs of 64 bytes, each
-// thread's copies of the rows of the head it works on.
+// one. In both passes, for half types, widths that are not whole packs of 64 bytes, and heads whose
+// rows do not lie one after the other, each thread's copies of the rows of the head it works on.
 //
 // Letters: B batch, H heads, U receivers, V senders, D head width, N edges.
 
@@ -80,14 +80,45 @@ void for_share(const Side& side, int64_t heads, int64_t lane, int64_t lanes, con
   }
 }
 
-// Rows as the kernels take them: the tensor's own memory, or one lane's copy where they must be
-// widened or filled up to whole packs.
+// Whether the heads of a row lie side by side, as a projection to all heads leaves them: memory is
+// [B, rows, H, D] then.
+bool heads_in_rows(const Tensor& x) { return x.stride(1) < x.stride(2); }
+
+// A tensor of x's sizes, dtype and order of memory.
+Tensor empty_heads(const Tensor& x) {
+  const int64_t batch = x.size(0), heads = x.size(1), rows = x.size(2), width = x.size(3);
+  return heads_in_rows(x) ? torch::stable::transpose(
+                                pooled_empty(x, {batch, rows, heads, width}, x.scalar_type()), 1, 2)
+                          : pooled_empty(x, {batch, heads, rows, width}, x.scalar_type());
+}
+
+// x, or a copy, in which the numbers of a row lie one after the other.
+Tensor with_whole_rows(const Tensor& x) {
+  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Where the rows of a tensor [B, H, rows, D] lie.
+struct Heads {
+  explicit Heads(const Tensor& x)
+      : heads(x.size(1)), batch(x.stride(0)), head(x.stride(1)), row(x.stride(2)) {}
+
+  // Of row r of head h, of B H heads.
+  int64_t offset(int64_t h, int64_t r) const {
+    return h / heads * batch + h % heads * head + r * row;
+  }
+
+  int64_t heads, batch, head, row;
+};
+
+// Rows as the kernels take them: the tensor's own memory, or one lane's copy where they do not lie
+// one after the other, or must be widened or filled up to whole packs.
 template <typename T>
 class Rows {
  public:
   using A = compute_t<T>;
 
-  Rows(int64_t most, int64_t width) : width_(width), stride_(packs(width) * kPack<A>) {
+  Rows(int64_t most, const Tensor& x)
+      : layout_(x), width_(x.size(3)), stride_(packs(width_) * kPack<A>) {
     if (!in_place()) {
       copy_ = std::make_unique_for_overwrite<A[]>(most * stride_);
     }
@@ -102,35 +133,51 @@ class Rows {
     return in_place() && all * kPack<A> * int64_t{sizeof(A)} <= kFetchedBytes ? all : 0;
   }
 
-  const A* read(const T* rows, int64_t n) {
+  // The n rows of the head after this one, or null where they are not worth asking for early.
+  const A* next(const Tensor& x, int64_t head, int64_t n) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (fetched_packs(n) > 0) {
+        return const_data<T>(x) + layout_.offset(head + 1, 0);
+      }
+    }
+    return nullptr;
+  }
+
+  // Rows [begin, end) of a head.
+  const A* read(const Tensor& x, int64_t head, int64_t begin, int64_t end) {
+    const T* rows = const_data<T>(x) + layout_.offset(head, begin);
     if constexpr (std::is_same_v<T, A>) {
       if (in_place()) {
         return rows;
       }
     }
-    widen(rows, copy_.get(), n, width_, stride_);
+    widen(rows, layout_.row, copy_.get(), end - begin, width_, stride_);
     return copy_.get();
   }
 
-  // Where to write what `written` then puts into rows.
-  A* target(T* rows) {
+  // Where to write what `written` then puts into the head's rows from `begin`.
+  A* target(const Tensor& x, int64_t head, int64_t begin) {
     if constexpr (std::is_same_v<T, A>) {
       if (in_place()) {
-        return rows;
+        return mutable_data<T>(x) + layout_.offset(head, begin);
       }
     }
     return copy_.get();
   }
 
-  void written(T* rows, int64_t n) {
+  void written(const Tensor& x, int64_t head, int64_t begin, int64_t end) {
     if (!in_place()) {
-      narrow(copy_.get(), rows, n, width_, stride_);
+      T* rows = mutable_data<T>(x) + layout_.offset(head, begin);
+      narrow(copy_.get(), rows, layout_.row, end - begin, width_, stride_);
     }
   }
 
  private:
-  bool in_place() const { return std::is_same_v<T, A> && width_ == stride_; }
+  bool in_place() const {
+    return std::is_same_v<T, A> && width_ == stride_ && layout_.row == width_;
+  }
 
+  Heads layout_;
   int64_t width_;
   int64_t stride_;
   std::unique_ptr<A[]> copy_;
@@ -246,15 +293,13 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
                                              const Tensor& edge_id, double scale) {
   const Problem p("circuit_attention", q_any, k_any, v_any, bias_any, row_ptr_any, sender_any,
                   col_ptr, receiver, edge_id);
-  const Tensor q = torch::stable::contiguous(q_any);
-  const Tensor k = torch::stable::contiguous(k_any);
-  const Tensor v = torch::stable::contiguous(v_any);
+  const Tensor q = with_whole_rows(q_any), k = with_whole_rows(k_any), v = with_whole_rows(v_any);
   const std::optional<Tensor> bias = contiguous(bias_any);
   const Tensor row_ptr = torch::stable::contiguous(row_ptr_any);
   const Tensor sender = torch::stable::contiguous(sender_any);
   const Side side = p.side("row_ptr", row_ptr);
   const int32_t* senders = p.index("sender", sender, p.senders);
-  Tensor out = pooled_empty(q, {p.batch, p.heads, p.receivers, p.width}, q.scalar_type());
+  Tensor out = empty_heads(q);
   Tensor lse = new_empty(q, {p.batch, p.heads, p.receivers}, compute_dtype(q.scalar_type()));
   if (lse.numel() == 0) {
     return {out, lse};
@@ -263,18 +308,15 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
   dispatch_float(p.op, q.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
-    const int64_t receiver_numbers = p.receivers * p.width, sender_numbers = p.senders * p.width;
     parallel_lanes(p.bytes<T>(p.all_heads()), [&](int64_t lane, int64_t lanes) {
-      Rows<T> q_rows(p.receivers, p.width), out_rows(p.receivers, p.width);
-      Rows<T> k_rows(p.senders, p.width), v_rows(p.senders, p.width);
+      Rows<T> q_rows(p.receivers, q), out_rows(p.receivers, out);
+      Rows<T> k_rows(p.senders, k), v_rows(p.senders, v);
       std::vector<A> scores(scores_room<A>(degree));
       for_share(side, p.all_heads(), lane, lanes, [&](int64_t head, int64_t begin, int64_t end) {
-        const int64_t first = head * receiver_numbers + begin * p.width;
-        T* target = mutable_data<T>(out) + first;
         attend(ForwardHead<A>{
-            .q = q_rows.read(const_data<T>(q) + first, end - begin),
-            .k = k_rows.read(const_data<T>(k) + head * sender_numbers, p.senders),
-            .v = v_rows.read(const_data<T>(v) + head * sender_numbers, p.senders),
+            .q = q_rows.read(q, head, begin, end),
+            .k = k_rows.read(k, head, 0, p.senders),
+            .v = v_rows.read(v, head, 0, p.senders),
             .bias = bias ? const_data<A>(*bias) + head / p.heads * p.bias_stride : nullptr,
             .row_ptr = side.ptr,
             .sender = senders,
@@ -284,10 +326,10 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
             .packs = Rows<T>::packs(p.width),
             .scale = static_cast<A>(scale),
             .scores = scores.data(),
-            .out = out_rows.target(target),
+            .out = out_rows.target(out, head, begin),
             .lse = mutable_data<A>(lse) + head * p.receivers + begin,
         });
-        out_rows.written(target, end - begin);
+        out_rows.written(out, head, begin, end);
       });
     });
   });
@@ -326,27 +368,24 @@ class BackwardLane {
       : p_(p),
         in_(in),
         to_(to),
-        q_(p.receivers, p.width),
-        grad_(p.receivers, p.width),
-        q_result_(p.receivers, p.width),
-        k_(p.senders, p.width),
-        v_(p.senders, p.width),
-        k_result_(p.senders, p.width),
-        v_result_(p.senders, p.width),
+        q_(p.receivers, in.q),
+        grad_(p.receivers, in.grad),
+        q_result_(p.receivers, to.q),
+        k_(p.senders, in.k),
+        v_(p.senders, in.v),
+        k_result_(p.senders, to.k),
+        v_result_(p.senders, to.v),
         weights_(
             scores_room<A>(std::max(largest_degree(in.by_receiver), largest_degree(in.by_sender)))),
         slopes_(weights_.size()) {}
 
   // Gradient of q for receivers [begin, end) of a head, and of their edges.
   void receivers(int64_t head, int64_t begin, int64_t end, EdgeGrad<A>* edges, A* bias_grad) {
-    const int64_t first = (head * p_.receivers + begin) * p_.width, count = end - begin;
-    const int64_t senders = head * p_.senders * p_.width;
-    T* target = mutable_data<T>(to_.q) + first;
     attend_backward(ReceiverGrad<A>{
-        .q = q_.read(const_data<T>(in_.q) + first, count),
-        .k = k_.read(const_data<T>(in_.k) + senders, p_.senders),
-        .v = v_.read(const_data<T>(in_.v) + senders, p_.senders),
-        .grad = grad_.read(const_data<T>(in_.grad) + first, count),
+        .q = q_.read(in_.q, head, begin, end),
+        .k = k_.read(in_.k, head, 0, p_.senders),
+        .v = v_.read(in_.v, head, 0, p_.senders),
+        .grad = grad_.read(in_.grad, head, begin, end),
         .lse = const_data<A>(in_.lse) + head * p_.receivers + begin,
         .bias = in_.bias ? const_data<A>(*in_.bias) + head / p_.heads * p_.bias_stride : nullptr,
         .row_ptr = in_.by_receiver.ptr,
@@ -357,22 +396,18 @@ class BackwardLane {
         .scale = static_cast<A>(in_.scale),
         .weights = weights_.data(),
         .slopes = slopes_.data(),
-        .q_grad = q_result_.target(target),
+        .q_grad = q_result_.target(to_.q, head, begin),
         .edges = edges,
         .bias_grad = bias_grad,
     });
-    q_result_.written(target, count);
+    q_result_.written(to_.q, head, begin, end);
   }
 
   // Gradients of k and v for senders [begin, end) of a head, from those of all its edges.
   void senders(int64_t head, int64_t begin, int64_t end, const EdgeGrad<A>* edges) {
-    const int64_t first = (head * p_.senders + begin) * p_.width, count = end - begin;
-    const int64_t receivers = head * p_.receivers * p_.width;
-    T* k_target = mutable_data<T>(to_.k) + first;
-    T* v_target = mutable_data<T>(to_.v) + first;
     attend_backward(SenderGrad<A>{
-        .q = q_.read(const_data<T>(in_.q) + receivers, p_.receivers),
-        .grad = grad_.read(const_data<T>(in_.grad) + receivers, p_.receivers),
+        .q = q_.read(in_.q, head, 0, p_.receivers),
+        .grad = grad_.read(in_.grad, head, 0, p_.receivers),
         .edges = edges,
         .col_ptr = in_.by_sender.ptr,
         .receiver = in_.receiver,
@@ -383,24 +418,16 @@ class BackwardLane {
         .scale = static_cast<A>(in_.scale),
         .weights = weights_.data(),
         .slopes = slopes_.data(),
-        .k_grad = k_result_.target(k_target),
-        .v_grad = v_result_.target(v_target),
-        .next_k = next_head(in_.k, head),
-        .next_v = next_head(in_.v, head),
+        .k_grad = k_result_.target(to_.k, head, begin),
+        .v_grad = v_result_.target(to_.v, head, begin),
+        .next_k = k_.next(in_.k, head, p_.senders),
+        .next_v = v_.next(in_.v, head, p_.senders),
     });
-    k_result_.written(k_target, count);
-    v_result_.written(v_target, count);
+    k_result_.written(to_.k, head, begin, end);
+    v_result_.written(to_.v, head, begin, end);
   }
 
  private:
-  // The keys or values behind a head's, or null where they are not worth asking for early.
-  const A* next_head(const Tensor& rows, int64_t head) const {
-    if (k_.fetched_packs(p_.senders) == 0) {
-      return nullptr;
-    }
-    return const_data<A>(rows) + (head + 1) * p_.senders * p_.width;
-  }
-
   const Problem& p_;
   const Inputs& in_;
   const Gradients& to_;
@@ -481,10 +508,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
   const auto col_ptr = torch::stable::contiguous(col_ptr_any);
   const auto receiver = torch::stable::contiguous(receiver_any);
   const auto edge_id = torch::stable::contiguous(edge_id_any);
-  const Inputs in{.grad = torch::stable::contiguous(grad_any),
-                  .q = torch::stable::contiguous(q_any),
-                  .k = torch::stable::contiguous(k_any),
-                  .v = torch::stable::contiguous(v_any),
+  const Inputs in{.grad = with_whole_rows(grad_any),
+                  .q = with_whole_rows(q_any),
+                  .k = with_whole_rows(k_any),
+                  .v = with_whole_rows(v_any),
                   .lse = torch::stable::contiguous(lse_any),
                   .bias = contiguous(bias_any),
                   .by_receiver = p.side("row_ptr", row_ptr),
@@ -493,9 +520,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
                   .receiver = p.index("receiver", receiver, p.receivers),
                   .edge_id = p.index("edge_id", edge_id, p.edges),
                   .scale = scale};
-  const Gradients to{.q = pooled_empty(in.q, {p.batch, p.heads, p.receivers, p.width}, dtype),
-                     .k = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype),
-                     .v = pooled_empty(in.q, {p.batch, p.heads, p.senders, p.width}, dtype)};
+  const Gradients to{.q = empty_heads(in.q), .k = empty_heads(in.k), .v = empty_heads(in.v)};
   needs_bias = needs_bias && in.bias;
   const std::vector<int64_t> none{0};
   Tensor bias_grad = new_zeros(in.q, needs_bias ? p.bias_sizes : none, wide);

@@ -317,6 +317,8 @@ M2MKD_INLINE void backward_column(const SenderGrad<A>& h, int64_t v) {
   fetch_target(h.v_grad + row + kRowsAhead * width, h.packs);
   if (h.next_k != nullptr) {
     fetch(h.next_k + v * width, h.packs);
+  }
+  if (h.next_v != nullptr) {
     fetch(h.next_v + v * width, h.packs);
   }
   for (int64_t j = 0; j < count; ++j) {
@@ -369,9 +371,9 @@ M2MKD_INLINE void backward_columns(const SenderGrad<A>& head) {
 }
 
 template <typename T>
-M2MKD_INLINE void widen_rows(const T* rows, compute_t<T>* wide, int64_t n, int64_t width,
-                             int64_t stride) {
-  for (int64_t r = 0; r < n; ++r, rows += width, wide += stride) {
+M2MKD_INLINE void widen_rows(const T* rows, int64_t from, compute_t<T>* wide, int64_t n,
+                             int64_t width, int64_t stride) {
+  for (int64_t r = 0; r < n; ++r, rows += from, wide += stride) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       wide[i] = static_cast<compute_t<T>>(rows[i]);
@@ -381,9 +383,9 @@ M2MKD_INLINE void widen_rows(const T* rows, compute_t<T>* wide, int64_t n, int64
 }
 
 template <typename T>
-M2MKD_INLINE void narrow_rows(const compute_t<T>* wide, T* rows, int64_t n, int64_t width,
-                              int64_t stride) {
-  for (int64_t r = 0; r < n; ++r, rows += width, wide += stride) {
+M2MKD_INLINE void narrow_rows(const compute_t<T>* wide, T* rows, int64_t to, int64_t n,
+                              int64_t width, int64_t stride) {
+  for (int64_t r = 0; r < n; ++r, rows += to, wide += stride) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       rows[i] = static_cast<T>(wide[i]);
@@ -402,14 +404,14 @@ M2MKD_INLINE void narrow_rows(const compute_t<T>* wide, T* rows, int64_t n, int6
 M2MKD_DEFINE_CIRCUIT_ROWS(float)
 M2MKD_DEFINE_CIRCUIT_ROWS(double)
 
-#define M2MKD_DEFINE_ROW_COPIES(T)                                                      \
-  M2MKD_CLONES void widen(const T* rows, compute_t<T>* wide, int64_t n, int64_t width,  \
-                          int64_t stride) {                                             \
-    widen_rows(rows, wide, n, width, stride);                                           \
-  }                                                                                     \
-  M2MKD_CLONES void narrow(const compute_t<T>* wide, T* rows, int64_t n, int64_t width, \
-                           int64_t stride) {                                            \
-    narrow_rows(wide, rows, n, width, stride);                                          \
+#define M2MKD_DEFINE_ROW_COPIES(T)                                                    \
+  M2MKD_CLONES void widen(const T* rows, int64_t from, compute_t<T>* wide, int64_t n, \
+                          int64_t width, int64_t stride) {                            \
+    widen_rows(rows, from, wide, n, width, stride);                                   \
+  }                                                                                   \
+  M2MKD_CLONES void narrow(const compute_t<T>* wide, T* rows, int64_t to, int64_t n,  \
+                           int64_t width, int64_t stride) {                           \
+    narrow_rows(wide, rows, to, n, width, stride);                                    \
   }
 
 M2MKD_DEFINE_ROW_COPIES(float)

@@ -111,10 +111,13 @@ void attend_backward(const ReceiverGrad<double>& head);
 void attend_backward(const SenderGrad<float>& head);
 void attend_backward(const SenderGrad<double>& head);
 
-// Copies rows of `width` numbers to rows of `stride`, filled up with zeros, and back.
-#define M2MKD_DECLARE_ROW_COPIES(T)                                                        \
-  void widen(const T* rows, compute_t<T>* wide, int64_t n, int64_t width, int64_t stride); \
-  void narrow(const compute_t<T>* wide, T* rows, int64_t n, int64_t width, int64_t stride);
+// Copies rows of `width` numbers, `from` apart, to rows of `stride`, filled up with zeros; and
+// back.
+#define M2MKD_DECLARE_ROW_COPIES(T)                                                     \
+  void widen(const T* rows, int64_t from, compute_t<T>* wide, int64_t n, int64_t width, \
+             int64_t stride);                                                           \
+  void narrow(const compute_t<T>* wide, T* rows, int64_t to, int64_t n, int64_t width,  \
+              int64_t stride);
 
 M2MKD_DECLARE_ROW_COPIES(float)
 M2MKD_DECLARE_ROW_COPIES(double)

@@ -43,6 +43,9 @@ def circuit_attention(
     kernels give the same bits on every run and use memory for N edges, never for U times V; the
     dense form repeats as far as torch's attention does, whose backward on CUDA may not.
 
+    On a CPU the sparse kernels read q, k and v as a projection to all heads leaves them, in memory
+    [B, U, H, D], without a copy of the whole; results and gradients lie as the inputs do.
+
     Under autocast q, k and v are cast to the region's dtype; biases are used in float32 (float64
     with float64 queries).
 
@@ -182,9 +185,16 @@ def _dense(
 # What follows tells torch about the compiled op: result shapes for tracing, and derivatives.
 
 
+def _empty_heads(x: Tensor) -> Tensor:
+    """Like x; the CPU kernels keep heads inside rows where they lie so, those for CUDA do not."""
+    if x.device.type == "cpu" and x.stride(3) == 1 and x.stride(1) < x.stride(2):
+        return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
 def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     del rest
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
 
 
 def _attention_backward_fake(
@@ -195,7 +205,7 @@ def _attention_backward_fake(
     bias_grad = q.new_empty(
         bias.shape if bias is not None and needs_bias else (0,), dtype=compute_dtype(q.dtype)
     )
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias_grad
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v), bias_grad
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -92,6 +92,17 @@ def attention_inputs(problem: Problem, dtype: torch.dtype, device: str = "cpu") 
     return inputs | {"circuit": circuit, "edge_bias": problem.edge_bias(circuit, dtype, device)}
 
 
+def heads_in_rows(x_BHUD: Tensor) -> Tensor:
+    """A leaf with the same values and dtype in memory [B, U, H, D], as a projection leaves it."""
+    return x_BHUD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+def graph_of(circuit: ops.Circuit) -> tuple[Tensor, ...]:
+    """The circuit as the compiled op takes it."""
+    by_receiver = (circuit.row_ptr, circuit.sender)
+    return (*by_receiver, circuit.col_ptr, circuit.receiver, circuit.edge_id)
+
+
 def sparse(
     q_BHUD: Tensor,
     k_BHVD: Tensor,
@@ -184,6 +195,39 @@ class TestSparse(DifferentiableOpTests):
         # 16 bytes for each of 1.2 M edges a head: two heads exceed the 32 MiB kept at a time.
         problem = Problem(1, 2, 1500, 800, 1, graph="complete", bias="shared")
         self.check_agreement(attention_inputs(problem, torch.float64))
+
+    @pytest.mark.parametrize("which", ["q_BHUD", "k_BHVD", "v_BHVD", "all"])
+    @pytest.mark.parametrize("sizes", [(2, 3, 40, 33, 32), (2, 3, 9, 11, 5)])
+    def test_heads_may_lie_inside_rows_and_then_results_lie_so_too(
+        self, sizes: tuple[int, ...], which: str, dtype: torch.dtype
+    ) -> None:
+        inputs = attention_inputs(Problem(*sizes), dtype)
+        names = ["q_BHUD", "k_BHVD", "v_BHVD"]
+        changed = names if which == "all" else [which]
+        moved = inputs | {name: heads_in_rows(inputs[name]) for name in changed}
+        expected, found = (evaluate(sparse, x, normal) for x in (inputs, moved))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        out = sparse(**moved)
+        grads = torch.autograd.grad(out, [moved[name] for name in names], heads_in_rows(out))
+        for name, tensor in zip(["q_BHUD", *names], [out, *grads], strict=True):
+            assert tensor.stride() == moved[name].stride()
+        torch.library.opcheck(
+            torch.ops.m2mkd.circuit_attention,
+            (*(moved[name] for name in names), None, *graph_of(moved["circuit"]), 0.5),
+            test_utils="test_faketensor",
+        )
+
+    def test_compiled_too_heads_may_lie_inside_rows(self) -> None:
+        inputs = attention_inputs(Problem(bias="shared"), torch.float32)
+        names = ["q_BHUD", "k_BHVD", "v_BHVD"]
+        inputs |= {name: heads_in_rows(inputs[name]) for name in names}
+        compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+        found, expected = (
+            torch.autograd.grad(op(**inputs).square().sum(), [inputs[name] for name in names])
+            for op in (compiled, sparse)
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
 
     def test_the_number_of_threads_changes_no_bit(self, dtype: torch.dtype) -> None:
         inputs = attention_inputs(Problem(2, 3, 150, 130, 40, bias="shared"), dtype)
