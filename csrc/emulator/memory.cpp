@@ -68,6 +68,7 @@ Memory::~Memory() { munmap(reinterpret_cast<void*>(base_), kArenaBytes); }
 // The next free slots, with the region at `remainder` modulo `modulus` and guards on both sides.
 Region& Memory::allocate(std::string name, size_t bytes, size_t modulus, size_t remainder) {
   const size_t slots = (bytes + 4 * kGuard) / kSlotBytes + 1;
+  next_slot_ = (next_slot_ - 1 + spacing_ - 1) / spacing_ * spacing_ + 1;
   if (next_slot_ + slots > kSlots) {
     throw std::bad_alloc();
   }
@@ -140,7 +141,7 @@ std::string Memory::unwritten() const {
 void Memory::free_all() {
   std::fill(slots_.begin(), slots_.end(), nullptr);
   regions_.clear();
-  next_slot_ = 1;
+  next_slot_ = spacing_ = 1;
 }
 
 void Memory::begin_launch() {

@@ -57,6 +57,7 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   void* device_buffer(const void* host, size_t bytes, Access access);
+  void space_buffers(size_t bytes) { spacing_ = bytes / kSlotBytes; }
   void copy_back() const;
   // The first output that the launches have not written whole, or an empty string.
   std::string unwritten() const;
@@ -81,7 +82,7 @@ class Memory {
 
  private:
   static constexpr size_t kSlotBytes = size_t(1) << 20;
-  static constexpr size_t kSlots = 4096;
+  static constexpr size_t kSlots = 1 << 14;
   static constexpr size_t kArenaBytes = kSlotBytes * kSlots;
 
   Region& allocate(std::string name, size_t bytes, size_t modulus, size_t remainder);
@@ -95,6 +96,7 @@ class Memory {
 
   uintptr_t base_ = 0;
   size_t next_slot_ = 1;
+  size_t spacing_ = 1;  // slots between the first ones of regions, or a multiple
   std::vector<std::unique_ptr<Region>> regions_;
   std::vector<Region*> slots_;
 };

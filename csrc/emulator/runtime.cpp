@@ -29,6 +29,8 @@ std::string finish() {
 
 void run_last_blocks(uint64_t count) { machine().most_blocks = count; }
 
+void space_buffers(uint64_t bytes) { machine().memory.space_buffers(bytes); }
+
 uint64_t seed() { return machine().seed; }
 
 void set_seed(uint64_t value) { machine().seed = value; }

@@ -45,6 +45,10 @@ std::string finish();
 // a very large launch look.
 void run_last_blocks(uint64_t count);
 
+// Until `finish`, new buffers of memory at the same address modulo 256 begin a multiple of this
+// apart: a power of two from 16 MiB to 4 GiB, of which there is room for three.
+void space_buffers(uint64_t bytes);
+
 // Schedules follow from this number: M2MKD_EMULATOR_SEED, else a random one.
 uint64_t seed();
 void set_seed(uint64_t value);

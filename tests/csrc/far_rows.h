@@ -106,7 +106,12 @@ Results results_of_rows(int skipped) {
   return results;
 }
 
-void test_far_rows() { compare(results_of_rows(0), results_of_rows(1 << 28)); }
+// Far enough for offsets, and as far as rows go.
+void test_far_rows() {
+  for (const int skipped : {1 << 28, INT32_MAX - kNear}) {
+    compare(results_of_rows(0), results_of_rows(skipped));
+  }
+}
 
 // The last of three examples of one head: two receivers that hear three and one of many senders,
 // and the same backwards. Every array but those of the two begins `skipped` entries earlier.
@@ -169,23 +174,91 @@ Results results_of_heads(int skipped) {
   return results;
 }
 
-// The last of three sums of `skipped` and a block's threads more entries.
-Results results_of_sums(int skipped) {
-  const int kThreads = 256, count = skipped + kThreads;
-  const Floats terms = Floats::random(DType::f32, kThreads, 1);
-  Floats sums(DType::f32, kThreads);
-  const int64_t bytes = (int64_t(3) * count - kThreads) * 4;
+// The last of very many heads of eight receivers and senders, each of which hears all.
+Results results_of_many_heads(int heads, int d) {
+  const int kRows = 8, kEdges = kRows * kRows;
+  const DType dtype = DType::bf16;
+  std::vector<Floats> rows;  // of the last head
+  for (unsigned i = 0; i < 4; ++i) {
+    rows.push_back(Floats::random(dtype, kRows * d, i));
+  }
+  const auto last = [&](const auto pointer, int bytes) {
+    return before(pointer, int64_t(heads - 1) * kRows * bytes);
+  };
+  const auto of = [&](int i) { return last(rows[i].read(), d * 2); };
+  Ints ptr(kRows + 1), other(kEdges), edge_id(kEdges);
+  for (int e = 0; e < kEdges; ++e) {
+    ptr[e / kRows + 1] = e + 1;
+    other[e] = e % kRows;
+    edge_id[e] = e % kRows * kRows + e / kRows;
+  }
+  Floats out(dtype, kRows * d), k_grad = out, v_grad = out;
+  Floats lse(DType::f32, kRows), delta = lse;
   Results results;
   m2mkd::emulator::run_last_blocks(1);
-  launch_sum_parts(DType::f32, before(terms.read(), bytes), 3, 1, count,
-                   before(sums.update(), bytes), nullptr);
-  add_last(results, "sum_parts", sums, kThreads);
+
+  launch_circuit_forward(
+      dtype,
+      {of(0), of(1), of(2), nullptr, 0, read(ptr), read(other), 0.25, 1, heads, kRows, kRows,
+       kEdges, d, last(out.update(), d * 2), last(lse.update(), 4)},
+      nullptr);
+  add_last(results, "circuit_forward", out, out.count());
+  add_last(results, "log-sum-exp", lse, kRows);
+
+  CircuitBackward b{};
+  const auto inputs = [&] {
+    b.grad = of(3), b.q = of(0), b.k = of(1), b.v = of(2), b.lse = last(lse.read(), 4);
+  };
+  b.scale = 0.25, b.batch = 1, b.heads = b.parts = heads, b.receivers = b.senders = kRows;
+  b.edges = kEdges, b.width = d;
+  inputs();
+  b.out = last(out.read(), d * 2), b.row_ptr = read(ptr), b.sender = read(other);
+  b.delta = last(delta.update(), 4), b.q_grad = last(k_grad.update(), d * 2);
+  launch_circuit_receivers(dtype, b, nullptr);
+  add_last(results, "circuit_receivers", k_grad, k_grad.count());
+  add_last(results, "delta", delta, kRows);
+
+  inputs();
+  b.delta = const_cast<void*>(last(delta.read(), 4));
+  b.col_ptr = read(ptr), b.receiver = read(other), b.edge_id = read(edge_id);
+  b.k_grad = last(k_grad.update(), d * 2), b.v_grad = last(v_grad.update(), d * 2);
+  launch_circuit_senders(dtype, b, nullptr);
+  add_last(results, "circuit_senders", k_grad, k_grad.count());
+  add_last(results, "circuit_senders", v_grad, v_grad.count());
   return results;
+}
+
+// The last of three sums of three terms, which lie 2^30 entries apart.
+void test_far_sums() {
+  constexpr int kThreads = 256, kTerms = 3, kCount = 1 << 30;
+  constexpr int64_t kBytes = int64_t(kCount) * 4;
+  alignas(256) float terms[kTerms][kThreads];  // of the last block
+  Floats sums(DType::f32, kThreads);
+  void* out = before(sums.update(), 3 * kBytes - int64_t(sizeof(terms[0])));
+  m2mkd::emulator::space_buffers(kBytes);
+  const void* first = nullptr;
+  for (int term = 0; term < kTerms; ++term) {
+    for (int i = 0; i < kThreads; ++i) {
+      terms[term][i] = float((i + 1) << (8 * term));
+    }
+    const void* buffer = device_buffer(terms[term], sizeof(terms[term]), Access::read);
+    first = term == 0 ? buffer : first;
+    failures += before(buffer, term * kBytes) != first;
+  }
+  first = before(first, 2 * kTerms * kBytes + kBytes - int64_t(sizeof(terms[0])));
+  m2mkd::emulator::run_last_blocks(1);
+  launch_sum_parts(DType::f32, first, 3, kTerms, kCount, out, nullptr);
+  finish("sum_parts, far from the start");
+  expect("sum_parts, far from the start", sums, DType::f32,
+         [](int i) { return double(i + 1) * 0x10101; });
 }
 
 void test_far_heads() {
   compare(results_of_heads(0), results_of_heads(1 << 30));
-  compare(results_of_sums(0), results_of_sums(1 << 30));
+  for (const int width : {kOddWidth, 16}) {  // 16 is staged
+    compare(results_of_many_heads(64, width), results_of_many_heads(3 << 28, width));
+  }
+  test_far_sums();
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // sizes that fill packs, blocks and warps and on sizes that do not. The exit status tells.
 
 #include "far_rows.h"
+#include "launch_fits.h"
 #include "launcher_testing.h"
 
 namespace {
@@ -414,6 +415,7 @@ void test_circuit(DType dtype, int receivers, int senders, int width) {
 
 int main() {
   test_rounding();
+  test_fits();
   const Sizes many_experts{40, 1, 600, 1, 1, -1};  // more than two rounds of the plan's scan
   test_plan(many_experts, Plan(many_experts));
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
