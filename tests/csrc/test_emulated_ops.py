@@ -22,11 +22,13 @@ KEPT = {
     "test_strided_inputs_are_accepted",
     "test_each_input_may_lie_at_any_address",
     "test_upstream_gradients_of_any_layout_are_accepted",
+    "test_each_saved_tensor_may_come_back_at_any_address",
     "test_frozen_inputs_do_not_change_the_gradients_of_others",
     "test_without_gradients_the_values_are_the_same",
     "test_its_kernels_refuse_tensors_of_another_device",
     # Of circuit attention alone:
     "test_every_number_of_edges_of_a_receiver_equals_the_reference",
+    "test_scale_multiplies_scores_and_not_biases",
     "test_large_scores_do_not_overflow",
     "test_nan_is_not_hidden",
     "test_an_infinite_value_is_not_made_nan",
@@ -88,6 +90,15 @@ def test_circuits_of_widths_that_fill_whole_groups_of_lanes(width: int, dtype: t
     problem = test_circuit_attention.Problem(1, 2, 20, 24, width)
     globals()["TestSparse"]().check_agreement(
         test_circuit_attention.attention_inputs(problem, dtype)
+    )
+
+
+@pytest.mark.parametrize("sizes", [(24, 110), (110, 24)])
+def test_circuits_that_ask_for_more_than_the_usual_shared_memory(sizes: tuple[int, int]) -> None:
+    # 2 tables of 110 rows of 256 bytes are 55 KiB.
+    problem = test_circuit_attention.Problem(1, 2, *sizes, 64, "complete", "shared")
+    globals()["TestSparse"]().check_agreement(
+        test_circuit_attention.attention_inputs(problem, torch.float32)
     )
 
 

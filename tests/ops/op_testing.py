@@ -149,9 +149,9 @@ def strided(tensor: Tensor) -> Tensor:
     return view.detach().requires_grad_(tensor.requires_grad)
 
 
-def shifted(tensor: Tensor) -> Tensor:
-    """The same values, dense, but not at a whole 16-byte address; a leaf like the original."""
-    view = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+def shifted(tensor: Tensor, by: int = 1) -> Tensor:
+    """The same values, dense, but `by` elements past a whole address; a leaf like the original."""
+    view = tensor.new_empty(tensor.numel() + by)[by:].view(tensor.shape)
     view.copy_(tensor.detach())
     return view.detach().requires_grad_(tensor.requires_grad)
 
@@ -281,11 +281,12 @@ class OpTests:
         inputs = self.inputs(self.small, torch.float64, device)
         self.check_agreement(every_tensor(inputs, strided))
 
-    def test_each_input_may_lie_at_any_address(self, device: str) -> None:
+    @pytest.mark.parametrize("by", [1, 2])
+    def test_each_input_may_lie_at_any_address(self, by: int, device: str) -> None:
         inputs = self.inputs(self.compiled[0], torch.float32, device)
-        for _, case in one_changed(inputs, shifted):
+        for _, case in one_changed(inputs, lambda tensor: shifted(tensor, by)):
             self.check_agreement(case)
-        self.check_agreement(inputs, lambda out: shifted(normal(out)))
+        self.check_agreement(inputs, lambda out: shifted(normal(out), by))
 
     @needs_kernels
     # opcheck itself looks at .grad of tensors that are not leaves.
@@ -402,6 +403,26 @@ class DifferentiableOpTests(OpTests):
             return normal(out.new_empty(())).expand(out.shape)
 
         self.check_agreement(inputs, upstream)
+
+    def test_each_saved_tensor_may_come_back_at_any_address(self, device: str) -> None:
+        # As from torch.autograd.graph.save_on_cpu, or any other hook.
+        inputs = self.inputs(self.compiled[0], torch.float32, device)
+        expected = evaluate(self.plain, inputs, normal)
+        saved: list[Tensor] = []
+        moved = 0
+
+        def save(tensor: Tensor) -> int:
+            saved.append(tensor.detach())
+            return len(saved) - 1
+
+        def load(number: int) -> Tensor:
+            return shifted(saved[number]) if number == moved else saved[number]
+
+        with torch.autograd.graph.saved_tensors_hooks(save, load):
+            while moved <= len(saved):  # the last time none
+                saved.clear()
+                assert_same(evaluate(self.op, inputs, normal), expected)
+                moved += 1
 
     def test_frozen_inputs_do_not_change_the_gradients_of_others(self, device: str) -> None:
         inputs = self.inputs(self.small, torch.float64, device)

@@ -138,6 +138,8 @@ PROBLEMS = [
     pytest.param(Problem(receivers=70, senders=1, graph="complete"), id="one sender"),
     pytest.param(Problem(receivers=5, senders=90, graph="star"), id="one receiver takes all"),
     pytest.param(Problem(receivers=90, senders=5, graph="fan"), id="one sender to all"),
+    # In CUDA's backward, three parts of one and two heads.
+    pytest.param(Problem(1, 5, 24, 9, 7, bias="shared"), id="heads in uneven parts"),
     pytest.param(Problem(receivers=40, senders=33, width=64, bias="none"), id="no bias"),
     pytest.param(Problem(receivers=40, senders=33, width=16, bias="shared"), id="a bias for all"),
     pytest.param(Problem(receivers=40, senders=33, width=33, bias="dead"), id="biases of -inf"),
