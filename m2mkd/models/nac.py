@@ -337,6 +337,8 @@ class NAC(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory: keeps the states between blocks and recomputes the rest."""
         self.grad_checkpointing = enable
+        for stage in self.tokenizer.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def get_classifier(self) -> nn.Module | None:
         """The layer that gives the logits."""

@@ -177,7 +177,8 @@ class _Modulated(torch.autograd.Function):
                 grad_scale = (grad_product * active).sum_to_size(scale_UI.shape)
             del active  # as large as x, and what follows needs as much again
             if needs_x:
-                grad_x = _activate_backward(grad_product * scale_UI, x, ctx.activation)
+                grad_product = grad_product * scale_UI
+                grad_x = _activate_backward(grad_product, x, ctx.activation)
         if output_scale_O is not None:
             grad_weight, grad_bias, grad_output_scale = _scale_outputs_backward(
                 grad_weight, grad_bias, weight_OI, bias_O, output_scale_O

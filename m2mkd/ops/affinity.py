@@ -15,6 +15,8 @@ from m2mkd.ops._checks import compute_dtype
 from m2mkd.ops.circuit import Circuit
 from m2mkd.ops.reference import log_sum_over_senders
 
+# Beyond it softplus is its argument, to the last bit of a float64.
+_LINEAR = 40
 SAMPLINGS = ("none", "relaxed_bernoulli", "threshold")
 
 
@@ -104,4 +106,5 @@ def _relaxed_bernoulli(log_N: Tensor, temperature: float, uniforms_BN: Tensor) -
     eps = torch.finfo(log_N.dtype).eps
     odds_N = torch.logit(log_N.exp(), eps)
     noise_BN = torch.logit(uniforms_BN, eps)
-    return F.logsigmoid((odds_N + noise_BN) / temperature)
+    # The log of a sigmoid. Written as softplus, one tensor less is kept for the backward pass.
+    return -F.softplus((odds_N + noise_BN) / -temperature, threshold=_LINEAR)

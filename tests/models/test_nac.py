@@ -159,6 +159,7 @@ def test_checkpointed_blocks_give_the_same_gradients(images: torch.Tensor) -> No
     gradients = []
     for enable in (False, True):
         nac.set_grad_checkpointing(enable)
+        assert all(stage.grad_checkpointing is enable for stage in nac.tokenizer.stages)
         torch.manual_seed(0)
         nac(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in nac.parameters()])
