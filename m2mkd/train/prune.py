@@ -138,24 +138,14 @@ def prune_run(
     chosen = choose(curve, wished, budget)
     kept = sorted(order_M[: chosen.mediators].tolist())
     pruned = keep_latents(smaller, mediators=kept)
-    card = checkpoint.card
-    card = replace(
-        card,
-        model_args={**card.model_args, **pruned_args(pruned)},
-        depths=[1] * (pruned.depth + 2),
-    )
+    card = _pruned_card(checkpoint.card, pruned)
     result: dict[str, Any] = {
         "source": str(source),
         "mediators": chosen.mediators,
         "of": total,
         "kept": kept,
         **{f"kept_{kind}": numbers for kind, numbers in kept_others.items()},
-        "full": asdict(curve[0]),
-        "pruned": asdict(chosen),
-        "finetuned": None,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "curve": [asdict(point) for point in curve],
+        **_measured(curve, chosen, device),
     }
     key = digest(checkpoint.meta["sha256"], kept, kept_others, finetune)
     _write_recipe(out, recipe_file, data_config, card)
@@ -167,6 +157,24 @@ def prune_run(
     write_text(out / "pruning.json", json.dumps(result, indent=1))
     plot_curve(result, out / "pruning.png")
     return result
+
+
+def _measured(curve: list[Point], chosen: Point, device: torch.device) -> dict[str, Any]:
+    """The part of `pruning.json` that depends on the machine."""
+    return {
+        "full": asdict(curve[0]),
+        "pruned": asdict(chosen),
+        "finetuned": None,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "curve": [asdict(point) for point in curve],
+    }
+
+
+def _pruned_card(card: ModelCard, pruned: NAC) -> ModelCard:
+    """What the checkpoint says of the network, with its new sizes."""
+    model_args = {**card.model_args, **pruned_args(pruned)}
+    return replace(card, model_args=model_args, depths=[1] * (pruned.depth + 2))
 
 
 def measure_curve(

@@ -143,14 +143,16 @@ def test_operations_are_those_of_the_matrix_products_and_edges(tmp_path: Path) -
     model = write_nac_run(tmp_path / "run")
     circuit, total = count_flops(model, torch.randn(1, 1, 8, 8))
     fewer = keep_latents(model, mediators=range(1, 24))
-    links = [model.circuit(i).num_edges - fewer.circuit(i).num_edges for i in range(3)]
+    circuits = [(model.circuit(i), fewer.circuit(i)) for i in range(3)]
+    links = sum(full.num_edges - less.num_edges for full, less in circuits)
+    pairs = sum(full.to_dense().numel() - less.to_dense().numel() for full, less in circuits)
     # A mediator less: as receiver its query, exit and FFN, as sender keys and values, with 64
     # channels everywhere, in two propagators; its keys and values in the read-out; its codes (32)
-    # in all their layers, and its seed.
+    # in all their layers, and its seed; the cosines of its signature (16) with the others.
     layers = 2 * (2 * 64 * 64 + 3 * 128 * 64 + 2 * 64 * 64) + 2 * 64 * 64
     codes = 2 * (32 * 64 * 5 + 32 * 128) + 2 * 32 * 64 + 32 * 64
     assert circuit - count_flops(fewer, torch.randn(1, 1, 8, 8))[0] == (
-        2 * (layers + codes) + 4 * 64 * sum(links)
+        2 * (layers + codes + 16 * pairs) + 4 * 64 * links
     )
     assert total > circuit
 
