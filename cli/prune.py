@@ -51,8 +51,9 @@ def prune(
 ) -> None:
     """Remove mediators from SOURCE, the run of a NAC, those with the least traffic first.
 
-    Accuracy on the recipe's validation images, latency and operations are measured for several
-    numbers of mediators; the folder of the new run holds the curve as pruning.json and pruning.png.
+    Inputs, outputs and layers only go where a share of them is given. Accuracy on the recipe's
+    validation images, latency and operations are measured for several numbers of mediators; the
+    folder of the new run holds the curve as pruning.json and pruning.png.
 
     \b
     Example: m2mkd prune runs/nac_fashion --mediators 0.25
@@ -89,10 +90,12 @@ def prune(
 
 def _describe(result: dict[str, Any], out: Path) -> str:
     full, pruned, tuned = result["full"], result["pruned"], result["finetuned"]
-    lines = [
-        f"{result['mediators']} of {result['of']} mediators kept: top-1 {pruned['top1']:.2f} %, "
-        f"before {full['top1']:.2f} %"
-    ]
+    kept = ", ".join(
+        f"{pruned[kind]} of {full[kind]} {kind}"
+        for kind in ("mediators", "inputs", "outputs", "layers")
+        if kind == "mediators" or pruned[kind] < full[kind]
+    )
+    lines = [f"{kept} kept: top-1 {pruned['top1']:.2f} %, before {full['top1']:.2f} %"]
     if tuned is not None:
         lines.append(f"after {tuned['epochs']} epochs of training: top-1 {tuned['top1']:.2f} %")
     lines += [

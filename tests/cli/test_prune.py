@@ -30,9 +30,10 @@ def run(*arguments: object) -> Result:
 
 def test_a_pruned_run_can_be_evaluated(tmp_path: Path) -> None:
     write_nac_run(tmp_path / "run")
-    result = run("prune", tmp_path / "run", "--mediators", "0.125")
+    shares = ("--mediators", "0.125", "--outputs", "0.5", "--layers", "0.5")
+    result = run("prune", tmp_path / "run", *shares)
     assert result.exit_code == 0, result.output
-    assert "3 of 24 mediators kept" in result.stdout
+    assert "3 of 24 mediators, 2 of 4 outputs, 1 of 2 layers kept" in result.stdout
     assert "24 mediators, 8 inputs, 4 outputs, 2 layers: top-1" in result.stderr
     pruned = json.loads((tmp_path / "run-pruned" / "pruning.json").read_text())
     evaluated = json.loads(run("evaluate", tmp_path / "run-pruned", "--json").stdout)
