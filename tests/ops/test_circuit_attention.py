@@ -248,8 +248,8 @@ class TestSparse(DifferentiableOpTests):
         inputs = attention_inputs(SMALL, torch.float64) | {"scale": -0.3}
         self.check_agreement(inputs)
 
-    def test_large_scores_do_not_overflow(self) -> None:
-        inputs = attention_inputs(Problem(bias="shared"), torch.float32)
+    def test_large_scores_do_not_overflow(self, dtype: torch.dtype) -> None:
+        inputs = attention_inputs(Problem(bias="shared"), dtype)
         for name in ("q_BHUD", "k_BHVD"):
             inputs[name] = (inputs[name].detach() * 1e4).requires_grad_()
         found = evaluate(sparse, inputs, normal)
