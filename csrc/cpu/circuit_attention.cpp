@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "../checks.h"
+#include "../circuit_arguments.h"
 #include "../plan.h"
 #include "circuit_rows.h"
 #include "parallel.h"
@@ -183,55 +184,20 @@ class Rows {
   std::unique_ptr<A[]> copy_;
 };
 
-// Sizes of one call, and its graph. Construction checks everything that is read.
-struct Problem {
+// One call: sizes, and checks of the values of its graph.
+struct Problem : CircuitSizes {
   const char* op;
-  int64_t batch, heads, receivers, senders, width, edges;
-  std::vector<int64_t> bias_sizes;
-  int64_t bias_stride = 0;  // between examples; 0 where all share one bias
+  int64_t bias_stride;  // between examples; 0 where all share one bias
 
-  Problem(const char* name, const Tensor& q, const Tensor& k, const Tensor& v,
-          const std::optional<Tensor>& bias, const Tensor& row_ptr, const Tensor& sender,
-          const Tensor& col_ptr, const Tensor& receiver, const Tensor& edge_id)
-      : op(name) {
-    check_together(op, q,
-                   {{"k", &k},
-                    {"v", &v},
-                    {"bias", pointer(bias)},
-                    {"row_ptr", &row_ptr},
-                    {"sender", &sender},
-                    {"col_ptr", &col_ptr},
-                    {"receiver", &receiver},
-                    {"edge_id", &edge_id}});
-    check_rank(op, "q", q, 4);
-    check_rank(op, "k", k, 4);
-    check_rank(op, "row_ptr", row_ptr, 1);
-    check_rank(op, "col_ptr", col_ptr, 1);
-    check_rank(op, "sender", sender, 1);
-    batch = q.size(0), heads = q.size(1), receivers = q.size(2), width = q.size(3);
-    senders = k.size(2), edges = sender.size(0);
-    STD_TORCH_CHECK(width >= 1 && width <= kMaxWidth, op, ": head width is ", width,
-                    ", outside [1, ", kMaxWidth, "]");
-    check_shape(op, "k", k, {batch, heads, senders, width});
-    check_shape(op, "v", v, {batch, heads, senders, width});
-    check_dtype(op, "k", k, q.scalar_type());
-    check_dtype(op, "v", v, q.scalar_type());
-    check_shape(op, "row_ptr", row_ptr, {receivers + 1});
-    check_shape(op, "col_ptr", col_ptr, {senders + 1});
+  Problem(const char* name, const CircuitSizes& sizes)
+      : CircuitSizes(sizes), op(name), bias_stride(own_biases ? edges : 0) {
     for (const auto& [what, count] :
          {std::pair{"U", receivers + 1}, std::pair{"V", senders + 1}, std::pair{"N", edges}}) {
       check_int32_range(op, what, count);
     }
-    if (bias) {
-      bias_sizes = bias->dim() == 1 ? std::vector{edges} : std::vector{batch, edges};
-      bias_stride = bias->dim() == 1 ? 0 : edges;
-      check_dtype(op, "bias", *bias, compute_dtype(q.scalar_type()));
-      check_shape(op, "bias", *bias, bias_sizes);
-    }
   }
 
   Side side(const char* name, const Tensor& ptr) const {
-    check_dtype(op, name, ptr, ScalarType::Int);
     const int32_t* data = const_data<int32_t>(ptr);
     const int64_t rows = ptr.size(0) - 1;
     STD_TORCH_CHECK(data[0] == 0 && data[rows] == edges && std::is_sorted(data, data + rows + 1),
@@ -240,8 +206,6 @@ struct Problem {
   }
 
   const int32_t* index(const char* name, const Tensor& tensor, int64_t bound) const {
-    check_shape(op, name, tensor, {edges});
-    check_dtype(op, name, tensor, ScalarType::Int);
     const int32_t* data = const_data<int32_t>(tensor);
     check_entries(op, name, data, edges, 0, bound);
     return data;
@@ -291,8 +255,9 @@ std::tuple<Tensor, Tensor> circuit_attention(const Tensor& q_any, const Tensor& 
                                              const Tensor& row_ptr_any, const Tensor& sender_any,
                                              const Tensor& col_ptr, const Tensor& receiver,
                                              const Tensor& edge_id, double scale) {
-  const Problem p("circuit_attention", q_any, k_any, v_any, bias_any, row_ptr_any, sender_any,
-                  col_ptr, receiver, edge_id);
+  const char* op = "circuit_attention";
+  const Problem p(op, check_circuit(op, q_any, k_any, v_any, bias_any, row_ptr_any, sender_any,
+                                    col_ptr, receiver, edge_id, kMaxWidth));
   const Tensor q = with_whole_rows(q_any), k = with_whole_rows(k_any), v = with_whole_rows(v_any);
   const std::optional<Tensor> bias = contiguous(bias_any);
   const Tensor row_ptr = torch::stable::contiguous(row_ptr_any);
@@ -493,16 +458,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
     std::optional<Tensor> bias_any, const Tensor& out_any, const Tensor& lse_any,
     const Tensor& row_ptr_any, const Tensor& sender_any, const Tensor& col_ptr_any,
     const Tensor& receiver_any, const Tensor& edge_id_any, double scale, bool needs_bias) {
-  const Problem p("circuit_attention_backward", q_any, k_any, v_any, bias_any, row_ptr_any,
-                  sender_any, col_ptr_any, receiver_any, edge_id_any);
-  check_together(p.op, q_any, {{"grad", &grad_any}, {"out", &out_any}, {"lse", &lse_any}});
+  const char* op = "circuit_attention_backward";
+  const Problem p(op, check_circuit(op, q_any, k_any, v_any, bias_any, row_ptr_any, sender_any,
+                                    col_ptr_any, receiver_any, edge_id_any, kMaxWidth));
+  check_circuit_gradient(op, p, q_any, grad_any, out_any, lse_any);
   const ScalarType dtype = q_any.scalar_type(), wide = compute_dtype(dtype);
-  for (const auto& [name, tensor] : {std::pair{"grad", &grad_any}, std::pair{"out", &out_any}}) {
-    check_shape(p.op, name, *tensor, {p.batch, p.heads, p.receivers, p.width});
-    check_dtype(p.op, name, *tensor, dtype);
-  }
-  check_shape(p.op, "lse", lse_any, {p.batch, p.heads, p.receivers});
-  check_dtype(p.op, "lse", lse_any, wide);
   const auto row_ptr = torch::stable::contiguous(row_ptr_any);
   const auto sender = torch::stable::contiguous(sender_any);
   const auto col_ptr = torch::stable::contiguous(col_ptr_any);
@@ -523,7 +483,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
   const Gradients to{.q = empty_heads(in.q), .k = empty_heads(in.k), .v = empty_heads(in.v)};
   needs_bias = needs_bias && in.bias;
   const std::vector<int64_t> none{0};
-  Tensor bias_grad = new_zeros(in.q, needs_bias ? p.bias_sizes : none, wide);
+  Tensor bias_grad = new_zeros(in.q, needs_bias ? p.bias_sizes() : none, wide);
   dispatch_float(p.op, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;

@@ -1,6 +1,7 @@
 // Attention along a circuit's edges on CUDA: checks and allocation around the launchers. Graphs are
 // not looked at here, which would wait for the device; `Circuit` checks them once.
 
+#include "../circuit_arguments.h"
 #include "common.h"
 
 namespace m2mkd::cuda {
@@ -8,64 +9,27 @@ namespace m2mkd::cuda {
 namespace {
 
 // What a call is about, contiguous and checked.
-struct Problem {
+struct Problem : CircuitSizes {
   Tensor q, k, v;
   std::optional<Tensor> bias;
   Tensor row_ptr, sender, col_ptr, receiver, edge_id;
-  int64_t batch, heads, receivers, senders, edges, width;
-
-  std::vector<int64_t> bias_sizes() const {
-    return bias->dim() == 1 ? std::vector{edges} : std::vector{batch, edges};
-  }
 };
 
 Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                       const std::optional<Tensor>& bias, const Tensor& row_ptr,
                       const Tensor& sender, const Tensor& col_ptr, const Tensor& receiver,
                       const Tensor& edge_id) {
-  check_together(op, q,
-                 {{"k", &k},
-                  {"v", &v},
-                  {"bias", pointer(bias)},
-                  {"row_ptr", &row_ptr},
-                  {"sender", &sender},
-                  {"col_ptr", &col_ptr},
-                  {"receiver", &receiver},
-                  {"edge_id", &edge_id}});
-  check_rank(op, "q", q, 4);
-  check_rank(op, "k", k, 4);
-  check_rank(op, "row_ptr", row_ptr, 1);
-  check_rank(op, "sender", sender, 1);
-  const int64_t batch = q.size(0), heads = q.size(1), receivers = q.size(2), width = q.size(3);
-  const int64_t senders = k.size(2), edges = sender.size(0);
-  STD_TORCH_CHECK(width >= 1 && width <= kMaxHeadWidth, op, ": head width is ", width,
-                  ", outside [1, ", kMaxHeadWidth, "]");
-  for (const auto& [name, tensor] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
-    check_shape(op, name, *tensor, {batch, heads, senders, width});
-    check_dtype(op, name, *tensor, q.scalar_type());
-  }
-  check_shape(op, "row_ptr", row_ptr, {receivers + 1});
-  check_shape(op, "col_ptr", col_ptr, {senders + 1});
-  check_shape(op, "receiver", receiver, {edges});
-  check_shape(op, "edge_id", edge_id, {edges});
-  for (const auto& [name, tensor] :
-       {std::pair{"row_ptr", &row_ptr}, std::pair{"sender", &sender},
-        std::pair{"col_ptr", &col_ptr}, std::pair{"receiver", &receiver},
-        std::pair{"edge_id", &edge_id}}) {
-    check_dtype(op, name, *tensor, ScalarType::Int);
-  }
-  if (bias) {
-    check_dtype(op, "bias", *bias, compute_dtype(q.scalar_type()));
-    check_shape(op, "bias", *bias,
-                bias->dim() == 1 ? std::vector{edges} : std::vector{batch, edges});
-  }
+  const CircuitSizes sizes =
+      check_circuit(op, q, k, v, bias, row_ptr, sender, col_ptr, receiver, edge_id, kMaxHeadWidth);
   // Loops run past the end by less than a block's warps, or a warp's lanes.
-  for (const auto& [what, count] : {std::pair{"U", receivers}, std::pair{"V", senders},
-                                    std::pair{"N", edges}, std::pair{"B*H", batch * heads}}) {
+  for (const auto& [what, count] :
+       {std::pair{"U", sizes.receivers}, std::pair{"V", sizes.senders}, std::pair{"N", sizes.edges},
+        std::pair{"B*H", sizes.batch * sizes.heads}}) {
     check_int32_range(op, what, count + 32);
   }
   using torch::stable::contiguous;
-  return {contiguous(q),
+  return {sizes,
+          contiguous(q),
           contiguous(k),
           contiguous(v),
           m2mkd::contiguous(bias),
@@ -73,13 +37,7 @@ Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Te
           contiguous(sender),
           contiguous(col_ptr),
           contiguous(receiver),
-          contiguous(edge_id),
-          batch,
-          heads,
-          receivers,
-          senders,
-          edges,
-          width};
+          contiguous(edge_id)};
 }
 
 // The fields that the arguments of all launchers share.
@@ -90,7 +48,7 @@ Args launch_args(const Problem& p, double scale) {
   args.k = read(p.k);
   args.v = read(p.v);
   args.bias = read(p.bias);
-  args.bias_stride = p.bias && p.bias->dim() == 2 ? p.edges : 0;
+  args.bias_stride = p.own_biases ? p.edges : 0;
   args.row_ptr = read<int32_t>(p.row_ptr);
   args.sender = read<int32_t>(p.sender);
   args.scale = scale;
@@ -188,13 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
   const ScalarType dtype = q.scalar_type();
   const std::vector<int64_t> rows{p.batch, p.heads, p.receivers, p.width};
   const std::vector<int64_t> values{p.batch, p.heads, p.receivers};
-  check_together(op, q, {{"grad", &grad}, {"out", &out}, {"lse", &lse}});
-  check_shape(op, "grad", grad, rows);
-  check_dtype(op, "grad", grad, dtype);
-  check_shape(op, "out", out, rows);
-  check_dtype(op, "out", out, dtype);
-  check_shape(op, "lse", lse, values);
-  check_dtype(op, "lse", lse, compute_dtype(dtype));
+  check_circuit_gradient(op, p, q, grad, out, lse);
   using torch::stable::contiguous;
   const Saved saved{contiguous(grad), contiguous(out), contiguous(lse),
                     new_empty(lse, values, compute_dtype(dtype))};

@@ -335,7 +335,9 @@ class NAC(nn.Module):
         return names
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: keeps the states between blocks and recomputes the rest."""
+        """Trades time for memory: keeps the states between blocks, those of the tokenizer included,
+        and recomputes the rest.
+        """
         self.grad_checkpointing = enable
         for stage in self.tokenizer.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]

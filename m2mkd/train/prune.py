@@ -160,7 +160,7 @@ def prune_run(
 
 
 def _measured(curve: list[Point], chosen: Point, device: torch.device) -> dict[str, Any]:
-    """The part of `pruning.json` that depends on the machine."""
+    """The part of `pruning.json` that was measured, and on what."""
     return {
         "full": asdict(curve[0]),
         "pruned": asdict(chosen),
