@@ -113,9 +113,7 @@ class CircuitMediatorStage(_LatentStage):
         """Mediators as receivers; tokens before mediators as senders."""
         key = (num_tokens, self.signatures.device)
         if key not in self._circuits:
-            # What is kept must also serve training, if evaluation under inference mode made it.
-            with torch.inference_mode(False):
-                self._circuits[key] = self._build(num_tokens)
+            self._circuits[key] = self._build(num_tokens)
         return self._circuits[key]
 
     def _build(self, num_tokens: int) -> Circuit:

@@ -48,10 +48,8 @@ class CircuitCache:
         """The circuit for signatures [U, S] and [V, S], on their device."""
         key = (receiver_sig_US.detach(), sender_sig_VS.detach())
         if self._circuit is None or not self._is_known(*key):
-            # Training may use a circuit that an evaluation built.
-            with torch.inference_mode(False):
-                self._circuit = self._build(*key)
-                self._key = (key[0].clone(), key[1].clone())
+            self._circuit = self._build(*key)
+            self._key = (key[0].clone(), key[1].clone())
         return self._circuit
 
     def _is_known(self, receiver_sig_US: Tensor, sender_sig_VS: Tensor) -> bool:

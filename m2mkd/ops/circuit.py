@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2mkd.errors import ShapeError
+from m2mkd.errors import NotFiniteError, ShapeError
 from m2mkd.ops import _checks
 
 # Cosines computed at once by `circuit_from_signatures`, so that memory stays linear in U + V.
 _BLOCK = 1 << 22
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 class Circuit:
@@ -21,7 +22,8 @@ class Circuit:
 
     Edges are numbered by receiver, then by sender; an edge bias follows that order, so from a
     matrix it is `bias_UV[circuit.receiver_of_edge, circuit.sender]`. Circuits are immutable, equal
-    where their edges are, and hashable.
+    where their edges are, and hashable. One that was built or moved in inference mode serves
+    training too.
 
     Attributes:
         row_ptr: First edge of each receiver and N, [U + 1], int32.
@@ -48,10 +50,18 @@ class Circuit:
             num_senders: V.
 
         Raises:
-            ShapeError: A wrong shape or dtype, row_ptr that is not a rising list from 0 to N,
-                a sender outside [0, V), unsorted senders, duplicate edges, or sizes over int32.
+            ShapeError: A wrong shape, dtype or device, row_ptr that is not a rising list from 0 to
+                N, a sender outside [0, V), unsorted senders, duplicate edges, or sizes that are
+                negative or over int32.
         """
         _check_csr(row_ptr, sender, num_senders)
+        self._hash: int | None = None
+        # Tensors of inference mode could not be kept for a backward pass, and those of the caller
+        # may change.
+        with torch.inference_mode(False):
+            self._fill(row_ptr, sender, num_senders)
+
+    def _fill(self, row_ptr: Tensor, sender: Tensor, num_senders: int) -> None:
         num_receivers = row_ptr.shape[0] - 1
         receivers = torch.arange(num_receivers, device=row_ptr.device)
         receiver_of_edge = receivers.repeat_interleave(
@@ -60,13 +70,12 @@ class Circuit:
         _check_edges(receiver_of_edge, sender)
         edge_id = torch.argsort(sender, stable=True)
         counts = torch.bincount(sender.long(), minlength=num_senders)
-        self.row_ptr = row_ptr.contiguous()
-        self.sender = sender.contiguous()
+        self.row_ptr = row_ptr.clone(memory_format=torch.contiguous_format)
+        self.sender = sender.clone(memory_format=torch.contiguous_format)
         self.receiver_of_edge = receiver_of_edge.int()
         self.col_ptr = F.pad(counts.cumsum(0), (1, 0)).int()
         self.receiver = self.receiver_of_edge[edge_id]
         self.edge_id = edge_id.int()
-        self._hash: int | None = None
 
     @staticmethod
     def from_edges(
@@ -81,14 +90,16 @@ class Circuit:
             num_senders: V.
 
         Raises:
-            ShapeError: Lengths that differ, numbers out of range, duplicate edges, or sizes over
-                int32.
+            ShapeError: Shapes, dtypes or devices that do not fit together, numbers out of range,
+                duplicate edges, or sizes that are negative or over int32.
         """
         op = "Circuit.from_edges"
         _checks.check_rank(op, "receiver", receiver, "[N]", 1)
-        _checks.check_size(op, "N of sender", sender.numel(), receiver.shape[0], "N of receiver")
-        _checks.check_indexable(op, "U", num_receivers + 1)
-        _checks.check_indexable(op, "V", num_senders + 1)
+        _checks.check_rank(op, "sender", sender, "[N]", 1)
+        _checks.check_together(op, "receiver", receiver, sender=sender)
+        _checks.check_size(op, "N of sender", sender.shape[0], receiver.shape[0], "N of receiver")
+        _check_count(op, "U", num_receivers)
+        _check_count(op, "V", num_senders)
         _check_range(op, "receiver", receiver, num_receivers)
         _check_range(op, "sender", sender, num_senders)
         order = torch.argsort(receiver.long() * num_senders + sender.long())
@@ -100,9 +111,10 @@ class Circuit:
         """Builds a circuit with an edge wherever the mask is true (not zero), [U, V].
 
         Raises:
-            ShapeError: A mask that is not a matrix, or sizes over int32.
+            ShapeError: A mask that is not a matrix or has no values, or sizes over int32.
         """
         _checks.check_rank("Circuit.from_dense", "mask", mask_UV, "[U, V]", 2)
+        _check_values("Circuit.from_dense", "mask", mask_UV)
         receiver, sender = mask_UV.nonzero(as_tuple=True)
         return Circuit.from_edges(receiver, sender, mask_UV.shape[0], mask_UV.shape[1])
 
@@ -140,8 +152,9 @@ class Circuit:
         if self.device == torch.device(device):
             return self
         moved = Circuit.__new__(Circuit)
-        for name, tensor in self.tensors().items():
-            setattr(moved, name, tensor.to(device))
+        with torch.inference_mode(False):
+            for name, tensor in self.tensors().items():
+                setattr(moved, name, tensor.to(device))
         moved._hash = self._hash
         return moved
 
@@ -176,9 +189,24 @@ class Circuit:
         )
 
 
+def _check_count(op: str, letter: str, count: int) -> None:
+    if count < 0:
+        raise ShapeError(f"{op}: {letter} is {count}; it cannot be negative")
+    _checks.check_indexable(op, f"{letter} + 1", count + 1)
+
+
+def _check_values(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ShapeError(
+            f"{op}: {name} is on the meta device, which holds no values; build the circuit on "
+            "another device and move it"
+        )
+
+
 def _check_range(op: str, name: str, index: Tensor, bound: int) -> None:
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise ShapeError(f"{op}: {name} is {index.dtype}; use integers")
+    if index.dtype not in _INTEGERS:
+        raise ShapeError(f"{op}: {name} is {index.dtype}; use integers, such as torch.int32")
+    _check_values(op, name, index)
     if index.numel() == 0:
         return
     low, high = (int(value) for value in torch.aminmax(index))
@@ -193,13 +221,14 @@ def _check_csr(row_ptr: Tensor, sender: Tensor, num_senders: int) -> None:
     _checks.check_rank(op, "row_ptr", row_ptr, "[U + 1]", 1)
     _checks.check_rank(op, "sender", sender, "[N]", 1)
     _checks.check_indexable(op, "U + 1", row_ptr.shape[0])
-    _checks.check_indexable(op, "V + 1", num_senders + 1)
+    _check_count(op, "V", num_senders)
     _checks.check_indexable(op, "N", sender.shape[0])
     _checks.check_int32(op, "row_ptr", row_ptr)
     _checks.check_int32(op, "sender", sender)
     _checks.check_together(op, "row_ptr", row_ptr, sender=sender)
     if row_ptr.shape[0] == 0:
         raise ShapeError(f"{op}: row_ptr is empty; it has U + 1 entries, [0] without receivers")
+    _check_values(op, "row_ptr", row_ptr)
     first, last = int(row_ptr[0]), int(row_ptr[-1])
     if first != 0 or last != sender.shape[0] or bool((row_ptr.diff() < 0).any()):
         raise ShapeError(
@@ -227,6 +256,9 @@ def circuit_from_signatures(
 ) -> Circuit:
     """Links every receiver to the senders whose signatures are near: 1 - cosine <= truncation.
 
+    Cosines are those of `edge_log_affinity`: half types are compared in float32, in an autocast
+    region too.
+
     Args:
         receiver_sig_US: Signatures of receivers, [U, S], floating; no gradient is taken.
         sender_sig_VS: Signatures of senders, [V, S], in the same dtype.
@@ -238,16 +270,24 @@ def circuit_from_signatures(
     Raises:
         ShapeError: Shapes, dtypes or devices that do not fit together, or a truncation that is
             not in [0, 2].
+        NotFiniteError: NaN or infinity among the signatures, which would leave latents unlinked.
     """
     op = "circuit_from_signatures"
     _checks.check_signatures(op, receiver_sig_US, sender_sig_VS)
     if not 0 <= truncation <= 2:
         raise ShapeError(f"{op}: {truncation=} is not in [0, 2], the range of 1 - cosine")
-    receivers_US = F.normalize(receiver_sig_US.detach(), dim=1)
-    senders_VS = F.normalize(sender_sig_VS.detach(), dim=1)
+    _check_values(op, "receiver signatures", receiver_sig_US)
+    if not bool(receiver_sig_US.isfinite().all() & sender_sig_VS.isfinite().all()):
+        raise NotFiniteError(f"{op}: signatures hold NaN or infinity; look for a diverged loss")
+    wide = _checks.compute_dtype(receiver_sig_US.dtype)
+    receivers_US, senders_VS = (
+        F.normalize(signatures.detach().to(wide), dim=1).double()
+        for signatures in (receiver_sig_US, sender_sig_VS)
+    )
     rows = max(1, _BLOCK // max(1, senders_VS.shape[0]))
     near = [
-        (1 - block_US @ senders_VS.T <= truncation).nonzero()
+        # In float64, which neither autocast nor TensorFloat-32 makes coarser.
+        (1 - (block_US @ senders_VS.T).to(wide) <= truncation).nonzero()
         + torch.tensor([i * rows, 0], device=block_US.device)
         for i, block_US in enumerate(receivers_US.split(rows))
     ]

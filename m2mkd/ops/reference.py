@@ -244,7 +244,8 @@ def circuit_from_signatures(
 ) -> Circuit:
     """Reference of `m2mkd.ops.circuit_from_signatures`, from the matrix of all cosines."""
     _checks.check_signatures("circuit_from_signatures", receiver_sig_US, sender_sig_VS)
-    signatures = receiver_sig_US.detach()[:, None], sender_sig_VS.detach()[None]
+    wide = compute_dtype(receiver_sig_US.dtype)
+    signatures = receiver_sig_US.detach().to(wide)[:, None], sender_sig_VS.detach().to(wide)[None]
     return Circuit.from_dense(1 - F.cosine_similarity(*signatures, dim=2) <= truncation)
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m2mkd.errors import ShapeError
-from m2mkd.ops import Circuit, _checks, circuit_from_signatures
+from m2mkd.errors import NotFiniteError, ShapeError
+from m2mkd.ops import Circuit, _checks, circuit_attention, circuit_from_signatures, reference
 
 
 def ints(*values: int) -> Tensor:
@@ -93,6 +93,24 @@ def test_moving_takes_everything_along_and_keeps_one_that_is_there() -> None:
     assert (moved.num_receivers, moved.num_senders, moved.num_edges) == (3, 3, 3)
 
 
+def test_what_the_caller_does_to_its_tensors_later_changes_no_circuit() -> None:
+    row_ptr, sender = ints(0, 1, 2), ints(0, 1)
+    circuit = Circuit(row_ptr, sender, 2)
+    row_ptr.zero_()
+    sender.zero_()
+    assert circuit == Circuit.from_dense(torch.eye(2))
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+def test_a_circuit_built_in_inference_mode_serves_training(impl: str) -> None:
+    with torch.inference_mode():
+        circuit = Circuit.from_dense(torch.eye(3))
+        assert not any(t.is_inference() for t in circuit.to("meta").tensors().values())
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    circuit_attention(q, q, q, circuit, impl=impl).sum().backward()
+    assert q.grad is not None
+
+
 @pytest.mark.gpu
 def test_a_circuit_on_the_gpu_equals_its_original() -> None:
     circuit = Circuit.from_dense(torch.eye(3))
@@ -120,6 +138,18 @@ def test_a_circuit_on_the_gpu_equals_its_original() -> None:
         (lambda: Circuit.from_edges(ints(0, 0), ints(1), 1, 2), "N of sender is 1"),
         (lambda: Circuit.from_edges(ints(3), ints(1), 3, 2), r"receiver numbers .* \[0, 3\)"),
         (lambda: Circuit.from_edges(ints(0).float(), ints(1), 3, 2), "use integers"),
+        (lambda: Circuit.from_edges(ints(0).to(torch.uint16), ints(1), 3, 2), "use integers"),
+        (
+            lambda: Circuit.from_edges(ints(0, 1), ints(0, 1)[:, None], 2, 2),
+            r"sender must be \[N\]",
+        ),
+        (lambda: Circuit.from_edges(ints(0), ints(0).to("meta"), 1, 1), "sender is on meta"),
+        (lambda: Circuit.from_edges(*[ints(0).to("meta")] * 2, 1, 1), "holds no values"),
+        (lambda: Circuit.from_edges(ints(), ints(), -1, 2), "U is -1; it cannot be negative"),
+        (lambda: Circuit.from_edges(ints(), ints(), 2, -1), "V is -1; it cannot be negative"),
+        (lambda: Circuit(ints(0), ints(), -2), "V is -2; it cannot be negative"),
+        (lambda: Circuit(*[ints(0).to("meta")] * 2, 1), "holds no values"),
+        (lambda: Circuit.from_dense(torch.ones(2, 2, device="meta")), "holds no values"),
         (lambda: circuit_from_signatures(torch.ones(2, 3), torch.ones(2, 4), 1.0), "S of senders"),
         (lambda: circuit_from_signatures(torch.ones(2, 3), torch.ones(2, 3), 2.5), "truncation"),
     ],
@@ -133,9 +163,9 @@ def test_what_is_not_a_circuit_is_refused_with_its_reason(
 
 def test_numbers_past_int32_are_refused_without_allocating() -> None:
     big = 2**31
-    with pytest.raises(ShapeError, match="V is 2147483649, over the int32 limit"):
+    with pytest.raises(ShapeError, match=r"V \+ 1 is 2147483649, over the int32 limit"):
         Circuit.from_edges(ints(0), ints(0), 1, big)
-    with pytest.raises(ShapeError, match="U is 2147483649, over the int32 limit"):
+    with pytest.raises(ShapeError, match=r"U \+ 1 is 2147483649, over the int32 limit"):
         Circuit.from_edges(ints(0), ints(0), big, 1)
     with pytest.raises(ShapeError, match=r"V \+ 1 is 2147483649, over the int32 limit"):
         Circuit(ints(0, 1), ints(0), big)
@@ -159,3 +189,22 @@ def test_blocks_of_signatures_give_the_circuit_of_all(monkeypatch: pytest.Monkey
     whole = circuit_from_signatures(receivers, senders, 0.7)
     monkeypatch.setattr("m2mkd.ops.circuit._BLOCK", 40)
     assert circuit_from_signatures(receivers, senders, 0.7) == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_types_and_autocast_link_what_float32_links(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    receivers, senders = (torch.randn(n, 16, generator=generator).to(dtype) for n in (90, 110))
+    for function in (circuit_from_signatures, reference.circuit_from_signatures):
+        expected = function(receivers.float(), senders.float(), 0.9)
+        assert function(receivers, senders, 0.9) == expected
+        with torch.autocast("cpu", torch.bfloat16):
+            assert function(receivers, senders, 0.9) == expected
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_signatures_of_a_diverged_model_are_refused(value: float) -> None:
+    good, bad = torch.ones(2, 3), torch.tensor([[1.0, 2.0, value]])
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(NotFiniteError, match="signatures hold NaN or infinity"):
+            circuit_from_signatures(*pair, 0.9)
