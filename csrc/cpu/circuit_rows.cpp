@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "activations.h"
 #include "simd.h"
@@ -74,13 +75,41 @@ M2MKD_INLINE void multiply_add(const A* a, const A* b, A (&sums)[kPack<A>]) {
   }
 }
 
-// out[j] += scale x . row index[j], four rows at a time. Up to three further entries of out take
-// the first row of the last four again.
+// out[j] += scale x . row index[j] for eight j. One sum a row, of half a pack, leaves registers for
+// eight rows, which share the loads of x and the steps that add a sum up.
+M2MKD_INLINE void add_eight_dots(const float* x, const float* matrix, const int32_t* index,
+                                 int64_t width, float scale, float* out) {
+  const float* rows[8];
+  Oct sums[8] = {};
+  for (int64_t j = 0; j < 8; ++j) {
+    rows[j] = matrix + index[j] * width;
+  }
+  for (int64_t i = 0; i < width; i += 8) {
+    const Oct part = *reinterpret_cast<const Oct*>(x + i);
+    for (int64_t j = 0; j < 8; ++j) {
+      sums[j] += part * *reinterpret_cast<const Oct*>(rows[j] + i);
+    }
+  }
+  const Oct first = sum_pairs(sum_pairs(sums[0], sums[1]), sum_pairs(sums[2], sums[3]));
+  const Oct last = sum_pairs(sum_pairs(sums[4], sums[5]), sum_pairs(sums[6], sums[7]));
+  *reinterpret_cast<Oct*>(out) +=
+      scale * (__builtin_shufflevector(first, last, 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(first, last, 4, 5, 6, 7, 12, 13, 14, 15));
+}
+
+// out[j] += scale x . row index[j]: floats eight rows at a time, then four. Up to three further
+// entries of out take the first row of the last four again.
 template <typename A>
 M2MKD_INLINE void add_dots(const A* x, const A* matrix, const int32_t* index, int64_t count,
                            int64_t packs, A scale, A* out) {
   const int64_t width = packs * kPack<A>;
-  for (int64_t j = 0; j < count; j += 4) {
+  int64_t j = 0;
+  if constexpr (std::is_same_v<A, float>) {
+    for (; j + 8 <= count; j += 8) {
+      add_eight_dots(x, matrix, index + j, width, scale, out + j);
+    }
+  }
+  for (; j < count; j += 4) {
     const A* row0 = matrix + index[j] * width;
     const A* row1 = j + 1 < count ? matrix + index[j + 1] * width : row0;
     const A* row2 = j + 2 < count ? matrix + index[j + 2] * width : row0;
@@ -340,11 +369,20 @@ M2MKD_INLINE void for_blocks(const Head& h, const F& f) {
   }
 }
 
-// The next head's keys and values lie behind those of this one. While this one is worked on they
-// are asked for: as large a part of them as the block is of this head's receivers.
+// Where receiver u's row lies in what starts at the first receiver of a head's share.
+template <typename Head, typename A>
+M2MKD_INLINE A* rows_of(const Head& h, A* first, int64_t u) {
+  return first + (u - h.begin) * h.packs * kPack<A>;
+}
+
+// Rows that are read once, one after the other, are asked for a block ahead, and those to be
+// written as their block begins. The next head's keys and values lie behind those of this one and
+// are asked for meanwhile: as large a part of them as the block is of this head's receivers.
 template <typename A>
 M2MKD_INLINE void attend_rows(const ForwardHead<A>& h) {
   for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA {
+    fetch_target(rows_of(h, h.out, block.begin), (block.end - block.begin) * h.packs);
+    fetch(rows_of(h, h.q, block.end), kBlockRows * h.packs);
     attend_block(h, block);
     const int64_t rows = h.end - h.begin, packs = h.fetched_packs;
     const int64_t first = packs * (block.begin - h.begin) / rows;
@@ -357,8 +395,9 @@ M2MKD_INLINE void attend_rows(const ForwardHead<A>& h) {
 template <typename A>
 M2MKD_INLINE void backward_rows(const ReceiverGrad<A>& h) {
   for_blocks(h, [&](const Block& block) M2MKD_INLINE_LAMBDA {
-    fetch_target(h.q_grad + (block.begin - h.begin) * h.packs * kPack<A>,
-                 (block.end - block.begin) * h.packs);
+    fetch_target(rows_of(h, h.q_grad, block.begin), (block.end - block.begin) * h.packs);
+    fetch(rows_of(h, h.q, block.end), kBlockRows * h.packs);
+    fetch(rows_of(h, h.grad, block.end), kBlockRows * h.packs);
     backward_block(h, block);
   });
 }
