@@ -2,11 +2,12 @@
 // sender (gradients of k and v) is one thread's work in a fixed order, so results do not depend on
 // the number of threads.
 //
-// Memory beyond the results, in the backward pass: 8 bytes (float64: 16) per edge, for a head of
-// each thread or, of heads beyond a cache, for every head; and 4 (8) per edge and head where the
-// bias wants a gradient; both for no more heads at a time than fit into 32 MiB, and for at least
-// one. In both passes, for half types, widths that are not whole packs of 64 bytes, and heads whose
-// rows do not lie one after the other, each thread's copies of the rows of the head it works on.
+// Memory beyond the results, in the backward pass: 8 bytes (float64: 16) per edge, for up to four
+// heads of each thread or, of heads beyond a cache, for every head; and 4 (8) per edge and head
+// where the bias wants a gradient; both for no more heads at a time than fit into 32 MiB, and for
+// at least one. In both passes, for half types, widths that are not whole packs of 64 bytes, and
+// heads whose rows do not lie one after the other, each thread's copies of the rows of the head it
+// works on.
 //
 // Letters: B batch, H heads, U receivers, V senders, D head width, N edges.
 
@@ -234,11 +235,13 @@ int64_t largest_degree(const Side& side) {
   return most;
 }
 
-// Adds the bias gradients of heads [first, first + heads), head after head, to the bias they share.
+// Adds the bias gradients of every `step`-th of heads [first, first + heads), head after head, to
+// the bias they share.
 template <typename A>
-void add_bias_grad(const Problem& p, const A* head_grads, int64_t first, int64_t heads, A* sums) {
-  parallel_items(p.edges, heads * int64_t{sizeof(A)}, [&](int64_t begin, int64_t end) {
-    for (int64_t h = 0; h < heads; ++h) {
+void add_bias_grad(const Problem& p, const A* head_grads, int64_t first, int64_t heads,
+                   int64_t step, A* sums) {
+  parallel_items(p.edges, heads / step * int64_t{sizeof(A)}, [&](int64_t begin, int64_t end) {
+    for (int64_t h = 0; h < heads; h += step) {
       A* sum = sums + (first + h) / p.heads * p.bias_stride;
       const A* grad = head_grads + h * p.edges;
       for (int64_t e = begin; e < end; ++e) {
@@ -309,6 +312,17 @@ int64_t heads_that_fit(int64_t all, int64_t head_bytes) {
                              std::max<int64_t>(1, all));
 }
 
+// Of how many heads the bias gradients are summed by the thread that makes them: few enough to
+// leave groups for every thread, in whole groups of an example's heads, and never of more than
+// `most`. It depends on no number of threads, so that the order of sums does not.
+int64_t group_size(int64_t heads, int64_t most) {
+  int64_t size = std::min(int64_t{4}, most);
+  while (heads % size != 0) {
+    --size;
+  }
+  return size;
+}
+
 // The contiguous inputs of a backward call.
 struct Inputs {
   Tensor grad, q, k, v, lse;
@@ -344,8 +358,10 @@ class BackwardLane {
             scores_room<A>(std::max(largest_degree(in.by_receiver), largest_degree(in.by_sender)))),
         slopes_(weights_.size()) {}
 
-  // Gradient of q for receivers [begin, end) of a head, and of their edges.
-  void receivers(int64_t head, int64_t begin, int64_t end, EdgeGrad<A>* edges, A* bias_grad) {
+  // Gradient of q for receivers [begin, end) of a head, and of their edges; bias_grad (or null)
+  // becomes, or grows by, those of biases.
+  void receivers(int64_t head, int64_t begin, int64_t end, EdgeGrad<A>* edges, A* bias_grad,
+                 bool grows) {
     attend_backward(ReceiverGrad<A>{
         .q = q_.read(in_.q, head, begin, end),
         .k = k_.read(in_.k, head, 0, p_.senders),
@@ -364,6 +380,7 @@ class BackwardLane {
         .q_grad = q_result_.target(to_.q, head, begin),
         .edges = edges,
         .bias_grad = bias_grad,
+        .bias_grad_grows = grows,
     });
     q_result_.written(to_.q, head, begin, end);
   }
@@ -401,10 +418,12 @@ class BackwardLane {
 };
 
 // What the backward pass keeps between its two halves: the edges of `heads` heads, and, where the
-// bias wants a gradient, those of as many heads as are summed at a time.
+// bias wants a gradient, those of as many heads as are summed at a time. Those of a group of heads
+// are summed first, in the place of its first head.
 template <typename A>
 struct Kept {
   int64_t heads;
+  int64_t group;
   EdgeGrad<A>* edges;
   A* bias_grads;
 
@@ -414,21 +433,40 @@ struct Kept {
   }
 };
 
-// Heads [first, first + heads). Of small ones as many as all threads can take alike go whole to one
-// thread each, which then finds a head's rows and edges in its cache for the second half; those
-// that are left are cut by rows.
+// Sums the bias gradients of every group of heads [first, last).
+template <typename A>
+void sum_groups(const Problem& p, const Kept<A>& kept, int64_t first, int64_t last) {
+  parallel_items(p.edges, (last - first) * int64_t{sizeof(A)}, [&](int64_t begin, int64_t end) {
+    for (int64_t h = first; h < last; ++h) {
+      if (h % kept.group != 0) {
+        A* sum = kept.bias_grad_of(p, h - h % kept.group);
+        const A* grad = kept.bias_grad_of(p, h);
+        for (int64_t e = begin; e < end; ++e) {
+          sum[e] += grad[e];
+        }
+      }
+    }
+  });
+}
+
+// Heads [first, first + heads). Of small ones as many groups as all threads can take alike go whole
+// to one thread each, which then finds a head's rows and edges in its cache for the second half;
+// those that are left are cut by rows.
 template <typename T, typename A = compute_t<T>>
 void backward_heads(const Problem& p, const Inputs& in, const Gradients& to, int64_t first,
                     int64_t heads, const Kept<A>& kept) {
   const int64_t lanes = lane_count(p.bytes<T>(heads));
-  const int64_t each = p.is_small<T>() && lanes <= kept.heads ? heads / lanes : 0;
+  const int64_t each =
+      p.is_small<T>() && lanes <= kept.heads ? heads / kept.group / lanes * kept.group : 0;
   const int64_t whole = each * lanes, rest = heads - whole;
   if (each > 0) {
     for_lanes(lanes, [&](int64_t lane) {
       BackwardLane<T> work(p, in, to);
       EdgeGrad<A>* edges = kept.edges_of(p, lane);
       for (int64_t h = lane * each; h < (lane + 1) * each; ++h) {
-        work.receivers(first + h, 0, p.receivers, edges, kept.bias_grad_of(p, h));
+        const int64_t place = h % kept.group;
+        work.receivers(first + h, 0, p.receivers, edges, kept.bias_grad_of(p, h - place),
+                       place != 0);
         work.senders(first + h, 0, p.senders, edges);
       }
     });
@@ -440,9 +478,12 @@ void backward_heads(const Problem& p, const Inputs& in, const Gradients& to, int
     BackwardLane<T> work(p, in, to);
     for_share(in.by_receiver, rest, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
       work.receivers(first + whole + h, begin, end, kept.edges_of(p, h),
-                     kept.bias_grad_of(p, whole + h));
+                     kept.bias_grad_of(p, whole + h), false);
     });
   });
+  if (kept.group > 1) {
+    sum_groups(p, kept, whole, heads);
+  }
   for_lanes(lanes, [&](int64_t lane) {
     BackwardLane<T> work(p, in, to);
     for_share(in.by_sender, rest, lane, lanes, [&](int64_t h, int64_t begin, int64_t end) {
@@ -488,19 +529,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
     using T = typename decltype(tag)::type;
     using A = compute_t<T>;
     const int64_t all = p.all_heads();
-    const int64_t most = heads_that_fit(all, p.edges * int64_t{sizeof(EdgeGrad<A>)});
+    const int64_t fit = heads_that_fit(all, p.edges * int64_t{sizeof(EdgeGrad<A>)});
+    const int64_t group = needs_bias ? group_size(p.heads, fit) : 1;
+    const int64_t most = fit / group * group;
     const int64_t lanes = lane_count(p.bytes<T>(all));
-    const int64_t kept_heads = p.is_small<T>() ? std::min(most, lanes) : most;
+    // Heads that are left over by whole groups are less than a group of each thread.
+    const int64_t kept_heads = p.is_small<T>() ? std::min(most, lanes * group) : most;
     const Tensor edges = pooled_empty(in.lse, kept_heads, 2 * p.edges, wide);
     const Tensor bias_grads = pooled_empty(in.lse, needs_bias ? most : 0, p.edges, wide);
     const Kept<A> kept{.heads = kept_heads,
+                       .group = group,
                        .edges = static_cast<EdgeGrad<A>*>(edges.mutable_data_ptr()),
                        .bias_grads = needs_bias ? mutable_data<A>(bias_grads) : nullptr};
     for (int64_t first = 0; first < all; first += most) {
       const int64_t heads = std::min(most, all - first);
       backward_heads<T>(p, in, to, first, heads, kept);
       if (needs_bias) {
-        add_bias_grad(p, kept.bias_grads, first, heads, mutable_data<A>(bias_grad));
+        add_bias_grad(p, kept.bias_grads, first, heads, group, mutable_data<A>(bias_grad));
       }
     }
   });

@@ -196,6 +196,19 @@ M2MKD_INLINE void fill(A* row, A value, int64_t packs) {
   }
 }
 
+// to becomes, or grows by, `count` numbers.
+template <typename A>
+M2MKD_INLINE void put(const A* from, int64_t count, bool grows, A* to) {
+  if (!grows) {
+    std::copy(from, from + count, to);
+    return;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    to[j] += from[j];
+  }
+}
+
 // Asks for packs that will be read (from the second-level cache) or written. No harm is done where
 // they lie behind the end of an array.
 template <typename A>
@@ -323,7 +336,7 @@ M2MKD_INLINE void backward_block(const ReceiverGrad<A>& h, const Block& block) {
       edges[j] = {weights[j], slopes[j]};
     }
     if (h.bias_grad != nullptr) {
-      std::copy(slopes, slopes + count, h.bias_grad + h.row_ptr[u]);
+      put(slopes, count, h.bias_grad_grows, h.bias_grad + h.row_ptr[u]);
     }
 #pragma omp simd
     for (int64_t j = 0; j < padded; ++j) {

@@ -57,8 +57,8 @@ struct ForwardHead {
 };
 
 // Receivers [begin, end) of one head, backward: the gradient of q, and of every edge. q, grad, lse
-// and q_grad start at receiver begin, edges and bias_grad (or null) at edge 0; weights and slopes
-// are buffers like scores.
+// and q_grad start at receiver begin, edges and bias_grad (or null) at edge 0. bias_grad becomes
+// the gradient of scores, or grows by it. weights and slopes are buffers like scores.
 template <typename A>
 struct ReceiverGrad {
   const A* q;
@@ -78,6 +78,7 @@ struct ReceiverGrad {
   A* q_grad;
   EdgeGrad<A>* edges;
   A* bias_grad;
+  bool bias_grad_grows;
 };
 
 // Senders [begin, end) of one head, backward: the gradients of k and v, which start at sender

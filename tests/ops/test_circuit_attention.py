@@ -193,9 +193,13 @@ class TestSparse(DifferentiableOpTests):
         inputs = attention_inputs(Problem(1, 2, 45, 45, 24, bias="none"), torch.float32)
         self.check_agreement({**inputs, "circuit": ops.Circuit.from_dense(mask)})
 
-    def test_many_heads_and_edges_are_done_in_several_waves(self) -> None:
-        # 16 bytes for each of 1.2 M edges a head: two heads exceed the 32 MiB kept at a time.
-        problem = Problem(1, 2, 1500, 800, 1, graph="complete", bias="shared")
+    @pytest.mark.parametrize("sizes", [(2, 1500, 800), (8, 600, 550)])
+    def test_many_heads_and_edges_are_done_in_several_waves(
+        self, sizes: tuple[int, int, int]
+    ) -> None:
+        # 16 bytes an edge of a head, and 32 MiB are kept at a time: one head of the first, of the
+        # second six, which are one whole group of four.
+        problem = Problem(1, *sizes, 1, graph="complete", bias="shared")
         self.check_agreement(attention_inputs(problem, torch.float64))
 
     @pytest.mark.parametrize("which", ["q_BHUD", "k_BHVD", "v_BHVD", "all"])
@@ -231,8 +235,12 @@ class TestSparse(DifferentiableOpTests):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride()
 
-    def test_the_number_of_threads_changes_no_bit(self, dtype: torch.dtype) -> None:
-        inputs = attention_inputs(Problem(2, 3, 150, 130, 40, bias="shared"), dtype)
+    @pytest.mark.parametrize("heads", [(2, 3), (3, 4), (1, 10)])
+    def test_the_number_of_threads_changes_no_bit(
+        self, heads: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        # Heads are summed in groups, some of which may be left over by the threads.
+        inputs = attention_inputs(Problem(*heads, 150, 130, 40, bias="shared"), dtype)
         before = torch.get_num_threads()
         found = []
         try:
