@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 # Registrations last as long as this object.
 _LIBRARY = torch.library.Library("m2mkd", "IMPL")
@@ -18,6 +20,8 @@ Fake = Callable[..., Any]
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 # Called with that context and the gradients of outputs; returns those of all inputs.
 Gradient = Callable[..., Any]
+
+_REFUSAL = "m2mkd's kernels have {} use m2mkd.ops.reference"
 
 
 def register(name: str, fake: Fake, backward_fake: Fake, setup: Setup, gradient: Gradient) -> None:
@@ -54,6 +58,9 @@ def _register_gradient(name: str, setup: Setup, gradient: Gradient) -> None:
     function: Any = type(f"m2mkd_{name}", (torch.autograd.Function,), methods)
 
     def kernel(*inputs: Any) -> Any:
+        # Below autograd tangents would be lost, and what is lost counts as zeros.
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+            raise RuntimeError(_REFUSAL.format("no forward-mode derivatives; for those"))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return function.apply(*inputs)
         return below_autograd(*inputs)
@@ -65,7 +72,9 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     del ctx, inputs, output
 
 
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
 def _refuse_second(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "m2mkd's kernels have first derivatives only; for second ones use m2mkd.ops.reference"
-    )
+    raise RuntimeError(_REFUSAL.format("first derivatives only; for second ones"))

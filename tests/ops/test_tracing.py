@@ -5,6 +5,7 @@ import torch
 from moe_problems import Problem
 from op_testing import REGISTERED, assert_near, draw, needs_kernels
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from m2mkd import ops
 from m2mkd.ops import reference
@@ -121,11 +122,17 @@ def test_vmap_runs_a_kernel_for_every_example() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
-def test_forward_mode_derivatives_of_a_kernel_are_zeros() -> None:
+def test_forward_mode_derivatives_of_a_kernel_are_refused() -> None:
     x = torch.randn(3, 5)
-    out, tangent = torch.func.jvp(gathered, (x,), (torch.ones_like(x),))
-    assert torch.equal(out, gathered(x))
-    assert not tangent.any()
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(gathered, (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            gathered(forward_ad.make_dual(x, x))
+        assert torch.equal(gathered(x), torch.cat([x[[0, 1, 2]]] * 2))
+    out, tangent = torch.func.jvp(lambda y: y * gathered(x), (x[0],), (x[1],))
+    assert torch.equal(out, x[0] * gathered(x))
+    assert torch.equal(tangent, x[1] * gathered(x))
 
 
 def test_functional_gradients_of_a_kernel_are_refused() -> None:
