@@ -303,6 +303,8 @@ def check_edge_log_affinity(
         check_rank(op, "bandwidth", bandwidth, "[]", 0)
         check_float(op, "bandwidth", bandwidth)
         others["bandwidth"] = bandwidth
+    elif not bandwidth > 0:
+        raise ShapeError(f"{op}: {bandwidth=} must be positive")
     check_together(op, "receiver signatures", receiver_sig_US, **others)
     if uniforms_BN is not None:
         check_rank(op, "uniforms", uniforms_BN, "[B, N]", 2)

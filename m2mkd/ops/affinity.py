@@ -43,7 +43,7 @@ def edge_log_affinity(
         receiver_sig_US: Signatures of receivers, [U, S], floating.
         sender_sig_VS: Signatures of senders, [V, S], in the same dtype.
         circuit: The edges, U receivers by V senders.
-        bandwidth: Positive scalar, or a 0-d tensor.
+        bandwidth: Positive scalar, or a 0-d tensor (whose sign is not looked at).
         sampling: none; relaxed_bernoulli (the published training); threshold (a link of
             probability above one half has affinity one, the others none).
         temperature: Of the relaxed Bernoulli distribution, positive.
@@ -58,7 +58,8 @@ def edge_log_affinity(
 
     Raises:
         ShapeError: Shapes, dtypes or devices that do not fit together; an unknown sampling; neither
-            batch_size nor uniforms_BN with relaxed_bernoulli; a temperature that is not positive.
+            batch_size nor uniforms_BN with relaxed_bernoulli; a temperature that is not positive,
+            or such a bandwidth that is no tensor.
     """
     _checks.check_edge_log_affinity(receiver_sig_US, sender_sig_VS, circuit, bandwidth, uniforms_BN)
     wide = compute_dtype(receiver_sig_US.dtype)

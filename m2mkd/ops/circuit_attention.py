@@ -41,7 +41,8 @@ def circuit_attention(
     A receiver without edges outputs zeros. A bias of -inf removes its edge (for its example), also
     where that leaves a receiver without any. Half types are accumulated in float32. The sparse
     kernels give the same bits on every run and use memory for N edges, never for U times V; the
-    dense form repeats as far as torch's attention does, whose backward on CUDA may not.
+    dense form repeats as far as torch's attention does, whose backward on CUDA may not, and lets
+    NaN and infinities of senders reach receivers without an edge to them, as any dense mask does.
 
     On a CPU the sparse kernels read q, k and v as a projection to all heads leaves them, in memory
     [B, U, H, D], without a copy of the whole; results and gradients lie as the inputs do.
@@ -164,8 +165,10 @@ def _dense(
     wide = compute_dtype(q.dtype)
     bias = q.new_zeros(circuit.num_edges, dtype=wide) if bias is None else bias.to(wide)
     if q.numel() == 0 or k.shape[2] == 0:
-        # torch's attention has no gradient for an empty mask.
-        return torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum() + bias.sum()).to(q.dtype)
+        # torch's attention has no gradient for an empty mask. Sums of nothing give zeros as
+        # gradients; of everything they might overflow.
+        nothing = q[:0].sum() + k[:0].sum() + v[:0].sum() + bias[:0].sum()
+        return torch.zeros_like(q) + nothing.to(q.dtype)
     receiver, sender = circuit.receiver_of_edge.long(), circuit.sender.long()
     mask = bias.new_full((*bias.shape[:-1], q.shape[2], k.shape[2]), -torch.inf)
     if bias.dim() == 2:

@@ -228,6 +228,8 @@ def test_half_type_signatures_are_compared_in_float32() -> None:
     [
         ({"sampling": "gumbel"}, "unknown sampling='gumbel'; use one of none, relaxed_bernoulli"),
         ({"sampling": "relaxed_bernoulli"}, "needs batch_size or uniforms_BN"),
+        ({"bandwidth": 0.0}, "bandwidth=0.0 must be positive"),
+        ({"bandwidth": float("nan")}, "bandwidth=nan must be positive"),
         (
             {"sampling": "relaxed_bernoulli", "batch_size": 2, "temperature": 0.0},
             "temperature=0.0 must be positive",

@@ -324,6 +324,18 @@ def test_literal_example() -> None:
         torch.testing.assert_close(out.flatten(), torch.tensor([5.0, 0.0]))
 
 
+@pytest.mark.parametrize("impl", ["auto", "dense", "reference"])
+@pytest.mark.parametrize("value", [1e3, torch.inf])
+def test_without_senders_receivers_get_zeros_whatever_they_ask(impl: str, value: float) -> None:
+    circuit = ops.Circuit.from_dense(torch.ones(200, 0))
+    q = torch.full((1, 1, 200, 64), value, dtype=torch.float16, requires_grad=True)
+    k = torch.zeros(1, 1, 0, 64, dtype=torch.float16, requires_grad=True)
+    out = ops.circuit_attention(q, k, k, circuit, impl=impl)
+    assert torch.equal(out, torch.zeros_like(q))
+    grads = torch.autograd.grad(out.sum(), [q, k])
+    assert not grads[0].any() and grads[1].shape == k.shape
+
+
 @needs_kernels
 def test_log_sum_exp_is_minus_infinity_where_nothing_is_heard() -> None:
     circuit = ops.Circuit.from_edges(torch.tensor([0, 2]), torch.tensor([0, 1]), 3, 2)
