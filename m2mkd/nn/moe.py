@@ -225,6 +225,8 @@ class MoEMlp(nn.Module):
             losses.append(self.load_weight * self._load_loss(clean_TE, noisy_TE))
         if self.z_weight:
             losses.append(self.z_weight * clean_TE.logsumexp(dim=1).square().mean())
+        if losses and clean_TE.shape[0] == 0:
+            return clean_TE.sum()  # zero: means over no tokens would be NaN
         return torch.stack(losses).sum() if losses else None
 
     def _load_loss(self, clean_TE: Tensor, noisy_TE: Tensor) -> Tensor:

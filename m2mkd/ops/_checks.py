@@ -156,6 +156,7 @@ def check_choices(
             "raise the capacity factor or use fewer experts"
         )
     check_indexable(op, "T*K", num_tokens * num_choices)
+    check_indexable(op, "E + 1", num_experts + 1)
     if priority_T is not None:
         check_rank(op, "priority", priority_T, "[T]", 1)
         check_float(op, "priority", priority_T)

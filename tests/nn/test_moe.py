@@ -135,6 +135,15 @@ def test_z_loss_is_the_mean_squared_log_partition() -> None:
     torch.testing.assert_close(auxiliary_loss(moe), expected)
 
 
+@pytest.mark.parametrize("option", ["importance_weight", "load_weight", "z_weight"])
+def test_losses_of_no_tokens_are_zero(option: str) -> None:
+    moe = layer(router_noise=1.0, **{option: 1.0}).train()
+    moe(torch.randn(0, 8))
+    auxiliary_loss(moe).backward()
+    assert auxiliary_loss(moe).item() == 0
+    assert not moe.router.weight.grad.any()
+
+
 def test_noise_acts_in_training_only() -> None:
     moe = layer(router_noise=5.0, num_selected=1)
     x = torch.randn(32, 8)

@@ -313,6 +313,8 @@ def test_a_plan_refuses_capacity_zero_and_unknown_experts(module: object) -> Non
         plan(experts - 1, 4)
     with pytest.raises(ShapeError, match="int64"):
         plan(experts.long(), 4)
+    with pytest.raises(ShapeError, match=r"E \+ 1 is 2147483648, over the int32 limit"):
+        plan(experts.to("meta"), 2**31 - 1)
 
 
 def padded(plan: ops.MoEPlan, extra: int) -> ops.MoEPlan:
