@@ -39,10 +39,11 @@ def circuit_attention(
     """Each receiver attends to its senders: softmax over edges of scale q.k + bias, times v.
 
     A receiver without edges outputs zeros. A bias of -inf removes its edge (for its example), also
-    where that leaves a receiver without any. Half types are accumulated in float32. The sparse
-    kernels give the same bits on every run and use memory for N edges, never for U times V; the
-    dense form repeats as far as torch's attention does, whose backward on CUDA may not, and lets
-    NaN and infinities of senders reach receivers without an edge to them, as any dense mask does.
+    where that leaves a receiver without any; NaN and infinities of its sender stay. Half types are
+    accumulated in float32. The sparse kernels give the same bits on every run and use memory for N
+    edges, never for U times V; the dense form repeats as far as torch's attention does, whose
+    backward on CUDA may not, and lets NaN and infinities of senders reach receivers without an edge
+    to them, as any dense mask does.
 
     On a CPU the sparse kernels read q, k and v as a projection to all heads leaves them, in memory
     [B, U, H, D], without a copy of the whole; results and gradients lie as the inputs do.
