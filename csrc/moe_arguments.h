@@ -42,6 +42,11 @@ Kind parse_activation(const char* op, const std::string& name) {
   return Kind::silu;
 }
 
+// Every token chooses: kernels read its first choice.
+inline void check_k(const char* op, int64_t k, int64_t experts) {
+  STD_TORCH_CHECK(k >= 1 && k <= experts, op, ": k=", k, " with ", experts, " experts");
+}
+
 struct GateGradient {
   Tensor grad, logits, chosen;
   int64_t tokens, experts, k;
@@ -57,6 +62,7 @@ inline GateGradient check_gate_gradient(const char* op, const Tensor& grad, cons
   check_shape(op, "experts", chosen, {tokens, k});
   check_dtype(op, "grad", grad, logits.scalar_type());
   check_dtype(op, "experts", chosen, ScalarType::Int);
+  check_k(op, k, logits.size(1));
   using torch::stable::contiguous;
   return {contiguous(grad), contiguous(logits), contiguous(chosen), tokens, logits.size(1), k};
 }

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
   check_rank(op, "logits", logits_any, 2);
   const GateMode mode = parse_gate_mode<GateMode>(op, mode_name);
   const int64_t tokens = logits_any.size(0), experts = logits_any.size(1);
-  STD_TORCH_CHECK(k >= 1 && k <= experts, op, ": k=", k, " with ", experts, " experts");
+  check_k(op, k, experts);
   const Tensor logits = torch::stable::contiguous(logits_any);
   Tensor weights = new_empty(logits, {tokens, k}, logits.scalar_type());
   Tensor chosen = new_empty(logits, {tokens, k}, ScalarType::Int);

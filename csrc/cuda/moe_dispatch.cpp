@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> topk_gate(const Tensor& logits_any, int64_t k, std::s
   const char* op = "topk_gate";
   check_rank(op, "logits", logits_any, 2);
   const int64_t tokens = logits_any.size(0), experts = logits_any.size(1);
-  STD_TORCH_CHECK(k >= 1 && k <= experts, op, ": k=", k, " with ", experts, " experts");
+  check_k(op, k, experts);
   const OnDevice device(logits_any);
   const Tensor logits = torch::stable::contiguous(logits_any);
   Tensor weights = new_empty(logits, {tokens, k}, logits.scalar_type());

@@ -370,6 +370,13 @@ def test_mismatched_tensors_are_refused_with_the_values() -> None:
 
 
 @needs_kernels
+def test_the_kernels_refuse_gradients_of_no_choice() -> None:
+    grad, chosen = torch.empty(2, 0), torch.empty(2, 0, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="k=0 with 3 experts"):
+        torch.ops.m2mkd.topk_gate_backward(grad, torch.randn(2, 3), chosen, "softmax_all")
+
+
+@needs_kernels
 def test_the_kernels_refuse_a_plan_that_points_outside() -> None:
     plan = Problem(5, 4, 6, 3, 2).plan()
     x = torch.zeros(5, 4)
