@@ -121,6 +121,17 @@ def test_grouped_gemm_takes_views_at_any_address_and_stride(rows: int) -> None:
     globals()["TestGroupedLinear"]().check_agreement(inputs, lambda out: view(*out.shape))
 
 
+def test_rows_too_wide_for_loops_that_count_in_32_bits_are_refused() -> None:
+    nowhere = torch.empty(0, dtype=torch.int32)
+
+    def gather(width: int) -> torch.Tensor:
+        return torch.ops.m2mkd.moe_gather(torch.empty(0, width), nowhere[:, None], nowhere)
+
+    assert gather(2**31 - 257).shape == (0, 2**31 - 257)
+    with pytest.raises(RuntimeError, match="D is 2147483648, over the int32 limit"):
+        gather(2**31 - 256)
+
+
 def test_values_that_only_a_trace_lets_through_stay_within_bounds() -> None:
     experts = torch.tensor([[0], [7], [-2], [1]], dtype=torch.int32)
     row_of, _, offsets = torch.ops.m2mkd.moe_plan(experts, None, 2, None)
