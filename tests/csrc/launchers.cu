@@ -226,6 +226,21 @@ void test_experts(DType dtype, const Sizes& s, const Plan& plan) {
   finish("activate");
   expect("activate", active, dtype,
          [&](int i) { return plan.expert(i / h) < 0 ? 0 : silu(input(i)); });
+  Floats kept(dtype, rows * h);
+  for (int i = 0; i < rows * h; ++i) {
+    kept.set(i, -0.0);  // which adding a bias of 0 would change
+  }
+  launch_activate(dtype, Activation::identity, kept.update(), nullptr, read(plan.offsets),
+                  s.experts, rows, h, kept.update(), nullptr);
+  finish("identity in place");
+  int wrong = 0;
+  for (int i = 0; i < rows * h; ++i) {
+    wrong += std::signbit(kept[i]) != (plan.expert(i / h) >= 0);
+  }
+  if (wrong > 0) {
+    ++failures;
+    std::printf("FAILED identity in place: %d elements are wrong\n", wrong);
+  }
   Ints choice_of(rows);
   for (int r = 0; r < rows; ++r) {
     choice_of[r] = plan.expert(r) < 0 ? -1 : rows - 1 - r;
