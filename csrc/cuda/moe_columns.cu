@@ -11,20 +11,24 @@ constexpr int kThreads = 256;
 constexpr int kLanes = kThreads / kWarp;  // rows that a block adds at a time
 
 // Column sums come in two passes, so that the work is even however rows are shared among experts.
-// This one: a block per kColumnChunk rows and 32 packs of columns. The rows of expert e in chunk c
+// This one: a block per kColumnChunk rows and 32 packs of columns, of which there are
+// `column_blocks`; all in x, since a grid's y ends at 65535. The rows of expert e in chunk c
 // are summed into partial[c + e]: along the rows either c or e grows, so no two share an entry, and
 // the first pass needs no list of them. Eight rows are added at a time, their sums in order.
 template <typename T, int N>
 __global__ void sum_chunks_kernel(const T* rows, const compute_t<T>* scale, const int32_t* offsets,
-                                  int experts, int packs, compute_t<T>* partial) {
+                                  int experts, int packs, int column_blocks,
+                                  compute_t<T>* partial) {
   using P = Pack<T, N>;
   using A = compute_t<T>;
-  // Padded so that neither the writes nor the reads below meet in a bank.
+  // Padded so that neither the writes nor the reads below meet in a bank; two doubles still do.
   constexpr int kStride = kWarp + kWarp / N;
   M2MKD_SHARED(A, sums, kLanes * N * kStride);
   const int column = threadIdx.x % kWarp, lane = threadIdx.x / kWarp;
-  const int pack = blockIdx.y * kWarp + column;
-  const int64_t chunk_begin = int64_t(blockIdx.x) * kColumnChunk;
+  const int64_t chunk = blockIdx.x / column_blocks;
+  const int first_pack = blockIdx.x % column_blocks * kWarp;
+  const int pack = first_pack + column;
+  const int64_t chunk_begin = chunk * kColumnChunk;
   const int64_t chunk_end = chunk_begin + kColumnChunk;
   if (chunk_begin >= offsets[experts]) {
     return;
@@ -58,9 +62,9 @@ __global__ void sum_chunks_kernel(const T* rows, const compute_t<T>* scale, cons
       for (int l = 0; l < kLanes; ++l) {
         total += sums[(l * N + i % N) * kStride + i / N];
       }
-      const int64_t element = int64_t(blockIdx.y) * kWarp * N + i;
+      const int64_t element = int64_t(first_pack) * N + i;
       if (element < int64_t(packs) * N) {
-        partial[(blockIdx.x + int64_t(e)) * packs * N + element] = total;
+        partial[(chunk + e) * packs * N + element] = total;
       }
     }
     __syncthreads();
@@ -91,11 +95,11 @@ template <typename T, int N>
 void sum_columns(const void* rows, const void* scale, const int32_t* offsets, int experts,
                  int count, int width, void* partial, void* out, void* stream) {
   using A = compute_t<T>;
-  const dim3 grid(blocks_for(count, kColumnChunk), blocks_for(width / N, kWarp));
+  const int column_blocks = blocks_for(width / N, kWarp);
   if (count > 0) {
-    M2MKD_LAUNCH((sum_chunks_kernel<T, N>), grid, kThreads, 0, stream, static_cast<const T*>(rows),
-                 static_cast<const A*>(scale), offsets, experts, width / N,
-                 static_cast<A*>(partial));
+    M2MKD_LAUNCH((sum_chunks_kernel<T, N>), blocks_for(count, kColumnChunk) * column_blocks,
+                 kThreads, 0, stream, static_cast<const T*>(rows), static_cast<const A*>(scale),
+                 offsets, experts, width / N, column_blocks, static_cast<A*>(partial));
   }
   M2MKD_LAUNCH(add_chunks_kernel<T>, blocks_for(int64_t(experts) * width, kThreads), kThreads, 0,
                stream, static_cast<const A*>(partial), offsets, experts, width,

@@ -106,11 +106,26 @@ Results results_of_rows(int skipped) {
   return results;
 }
 
+// The last of more columns than blocks in a grid's y could sum.
+Results results_of_columns(int skipped) {
+  const Floats x = Floats::random(DType::bf16, kOddWidth, 1), partial(DType::f32, kOddWidth);
+  const Ints offsets = {0, 1};
+  Floats sums(DType::bf16, kOddWidth);
+  Results results;
+  m2mkd::emulator::run_last_blocks(1);
+  launch_sum_columns(DType::bf16, before(x.read(), skipped * 2), nullptr, read(offsets), 1, 1,
+                     skipped + kOddWidth, before(partial.update(), skipped * 4),
+                     before(sums.update(), skipped * 2), nullptr);
+  add_last(results, "sum_columns", sums, kOddWidth);
+  return results;
+}
+
 // Far enough for offsets, and as far as rows go.
 void test_far_rows() {
   for (const int skipped : {1 << 28, INT32_MAX - kNear}) {
     compare(results_of_rows(0), results_of_rows(skipped));
   }
+  compare(results_of_columns(0), results_of_columns(32 << 16));
 }
 
 // The last of three examples of one head: two receivers that hear three and one of many senders,
