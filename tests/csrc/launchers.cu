@@ -445,6 +445,9 @@ int main() {
     }
     test_circuit(dtype, 9, 13, 7);
     test_circuit(dtype, 24, 20, 16);
+    // More than 32 edges a receiver, and a sender: a second round of a warp.
+    test_circuit(dtype, 2, 140, 7);
+    test_circuit(dtype, 140, 2, 7);
   }
   test_many_blocks();
   test_far_rows();
