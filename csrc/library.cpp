@@ -48,10 +48,10 @@ STABLE_TORCH_LIBRARY(M2MKD_NAMESPACE, m) {
   // Attention along a circuit's edges. B batch, H heads, U receivers, V senders, D head width,
   // N edges. q [B, H, U, D]; k and v [B, H, V, D]; bias [N] or [B, N], float32, or float64 with
   // float64 queries; row_ptr [U + 1] and sender [N] by receiver, col_ptr [V + 1], receiver [N] and
-  // edge_id [N] by sender, int32. On a CPU these are checked to stay within bounds, not to list the
-  // same edges, which m2mkd.ops.Circuit sees to. Returns the output and the log-sum-exp of each
-  // receiver's scores, [B, H, U] in the dtype of bias, -inf where it has no edge (or only biases of
-  // -inf).
+  // edge_id [N] by sender, int32. On a CPU these are checked to stay within bounds and, in
+  // backward, to list the same edges, those of a sender by rising number. Returns the output and
+  // the log-sum-exp of each receiver's scores, [B, H, U] in the dtype of bias, -inf where it has no
+  // edge (or only biases of -inf).
   m.def(
       "circuit_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor row_ptr, "
       "Tensor sender, Tensor col_ptr, Tensor receiver, Tensor edge_id, float scale) "

@@ -332,6 +332,22 @@ struct Inputs {
   double scale;
 };
 
+// Raises unless the edges by sender are those by receiver, in the order of their numbers.
+void check_transpose(const Problem& p, const Inputs& in) {
+  const int32_t* first = in.by_receiver.ptr;
+  for (int64_t v = 0; v < p.senders; ++v) {
+    bool same = true;
+    int64_t previous = -1;
+    for (int64_t j = in.by_sender.ptr[v]; j < in.by_sender.ptr[v + 1]; ++j) {
+      const int64_t edge = in.edge_id[j], u = in.receiver[j];
+      same &= edge > previous && in.sender[edge] == v && edge >= first[u] && edge < first[u + 1];
+      previous = edge;
+    }
+    STD_TORCH_CHECK(same, p.op, ": col_ptr, receiver and edge_id list other edges of sender ", v,
+                    " than row_ptr and sender, or in another order");
+  }
+}
+
 // Where a backward call writes.
 struct Gradients {
   Tensor q, k, v;
@@ -521,6 +537,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> circuit_attention_backward(
                   .receiver = p.index("receiver", receiver, p.receivers),
                   .edge_id = p.index("edge_id", edge_id, p.edges),
                   .scale = scale};
+  check_transpose(p, in);
   const Gradients to{.q = empty_heads(in.q), .k = empty_heads(in.k), .v = empty_heads(in.v)};
   needs_bias = needs_bias && in.bias;
   const std::vector<int64_t> none{0};

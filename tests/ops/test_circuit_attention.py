@@ -415,6 +415,20 @@ def test_the_kernel_itself_refuses_a_graph_that_reads_out_of_bounds(
         )
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", ["sender", "col_ptr", "receiver", "edge_id"])
+def test_the_kernel_itself_refuses_a_transpose_of_another_graph(name: str) -> None:
+    inputs = attention_inputs(Problem(1, 1, 4, 5, 3, graph="complete"), torch.float32)
+    kept = inputs["circuit"].tensors()
+    graph = {n: t.clone() for n, t in kept.items() if n != "receiver_of_edge"}
+    # Within bounds: two edges change places, or a column takes an edge of the next.
+    graph[name][1:3] = graph[name][1:3].flip(0) if name != "col_ptr" else graph[name][1:3] + 1
+    tensors = [inputs[n] for n in ("q_BHUD", "k_BHVD", "v_BHVD")]
+    out = torch.ops.m2mkd.circuit_attention(*tensors, None, *graph.values(), 1.0)[0]
+    with pytest.raises(RuntimeError, match="list other edges of sender"):
+        out.sum().backward()
+
+
 def test_on_cuda_half_types_go_dense_earlier_for_tensor_cores() -> None:
     circuit = ops.Circuit.from_dense(torch.ones(4, 4))
     half, full = (
