@@ -130,11 +130,11 @@ def crossover(
         # 4 % and 8 % of pairs, staged at 11 % and 34 %. With backward, dense takes 3.5 times as
         # long and writes a bias gradient per head, sparse 3 (half types 4) times: about the same.
         return 0.04 if half else 0.12
-    # Fitted to where the two times, measured with 2 threads on two kinds of machine, meet for 64 to
-    # 2048 receivers and senders of widths 16 to 128 (csrc/README.md): the larger the graph, the
-    # better dense attention uses its matrix products. For the gradient of biases torch leaves its
-    # fused kernel and spells attention out, which suits wide heads and small graphs only; its
-    # backward in half types lost at every density.
+    # Fitted to where the two times, measured with 2 threads, meet (csrc/README.md): on a Zen 4 for
+    # 64 to 2048 receivers and senders of widths 16 to 128, on a Zen 3 for 64 to 1024 of width 64.
+    # The larger the graph, the better dense attention uses its matrix products. For the gradient
+    # of biases torch leaves its fused kernel and spells attention out, which suits wide heads and
+    # small graphs only; its backward in half types lost at every density (on the Zen 4).
     side = math.sqrt(max(1, circuit.num_receivers * circuit.num_senders))
     if gradients == "none":
         return 0.52 + 52 / side
